@@ -1,0 +1,1 @@
+"""Stages, chains, rules, meter and the engine."""

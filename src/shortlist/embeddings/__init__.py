@@ -1,0 +1,1 @@
+"""Sparse parameters behind one interface."""

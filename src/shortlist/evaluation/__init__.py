@@ -1,0 +1,1 @@
+"""Protocols, comparison tables, evidence, reports."""

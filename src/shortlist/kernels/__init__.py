@@ -1,0 +1,1 @@
+"""Fast paths for hot operations, each beside a plain reference."""

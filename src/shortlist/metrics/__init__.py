@@ -1,0 +1,1 @@
+"""Ranking and classification metrics, intervals and paired tests: pure functions of arrays."""

@@ -1,0 +1,1 @@
+"""Text and image representations, relevance."""

@@ -1,0 +1,1 @@
+"""Semantic ids and constrained decoding."""

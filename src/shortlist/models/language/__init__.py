@@ -1,0 +1,1 @@
+"""Language-model training, alignment, adapters, memory."""

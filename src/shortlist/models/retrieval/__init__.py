@@ -1,0 +1,1 @@
+"""Item and user vectors, next-item models, counts and closed forms."""

@@ -1,0 +1,1 @@
+"""Snapshots, the event store, user state."""
