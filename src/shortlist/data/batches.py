@@ -1,0 +1,270 @@
+"""Histories and requests become tensors. Training, evaluation and serving all make their batches here, so they can not skew.
+
+B requests, total = all history events (or all candidates) of the batch end to end, P supervised positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shortlist.data.histories import Histories, Int, Requests
+from shortlist.data.jagged import Jagged
+from shortlist.data.schema import Column, FieldTable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class History:
+    """Past events of each request, oldest first; all tensors but `items.offsets` are [total]."""
+
+    items: Jagged
+    """int64 catalogue rows."""
+    time: Tensor
+    """int64 seconds."""
+    action: Tensor
+    """int64 action ids."""
+    value: Tensor
+    """float32."""
+    group: Tensor
+    """int64: events with the same number happened together."""
+
+    def last(self, count: int) -> History:
+        """Only the newest `count` events of each request."""
+        if not len(self.items.values) or int(self.items.lengths.max()) <= count:
+            return self
+        left_B = (self.items.lengths - count).clamp(min=0)
+        keep = self.items.position_of_value >= left_B[self.items.row_of_value]
+        return History(
+            items=Jagged.from_lengths(self.items.values[keep], self.items.lengths - left_B),
+            time=self.time[keep],
+            action=self.action[keep],
+            value=self.value[keep],
+            group=self.group[keep],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """Items to be scored for each request."""
+
+    rows: Jagged
+    """int64 catalogue rows [total]."""
+    pair: Mapping[str, Tensor] = field(default_factory=dict)
+    """User-item fields by name, float32 [total] each, as `Space.pair_fields` lists them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NextTargets:
+    """Supervision of a next-event batch: positions that end a group, each with all items of the user's next group."""
+
+    position: Tensor
+    """int64 [P]: index into the history's values; only events at or before it may be read to predict."""
+    items: Jagged
+    """P rows of int64 catalogue rows: what was chosen next, distinct within the row."""
+    weight: Tensor
+    """float32, one per value of `items`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """B requests as tensors on one device. `candidates`, `labels` and `targets` are there when the work needs them."""
+
+    user: Tensor
+    """int64 [B] user rows, 0 = unknown."""
+    time: Tensor
+    """int64 [B] seconds: when the request is made; never before the last event of its history."""
+    history: History
+    user_fields: Mapping[str, Column] = field(default_factory=dict)
+    """Columns [B, ...] by field name."""
+    context: Mapping[str, Column] = field(default_factory=dict)
+    """Columns [B, ...] by field name."""
+    candidates: Candidates | None = None
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    """float32 [total] per task, aligned with the candidates."""
+    weight: Tensor | None = None
+    """float32 [total], aligned with the candidates; None = all 1."""
+    excluded: Jagged | None = None
+    """Catalogue rows that must not be retrieved, per request."""
+    targets: NextTargets | None = None
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return len(self.user)
+
+    @property
+    def candidate_rows(self) -> Jagged:
+        """Rows of the candidates; a ValueError where the batch has none."""
+        if self.candidates is None:
+            raise ValueError("this batch has no candidates to score; build it with candidates=...")
+        return self.candidates.rows
+
+    def with_candidates(
+        self, rows: Jagged, pair: Mapping[str, Tensor] | None = None, labels: Mapping[str, Tensor] | None = None
+    ) -> Batch:
+        """The same requests with other candidates."""
+        return replace(self, candidates=Candidates(rows=rows, pair=pair or {}), labels=labels or {}, weight=None)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on another device."""
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
+        return Batch(**moved)
+
+
+def _move(thing: Any, device: torch.device | str) -> Any:
+    """Tensors, jagged rows and the named groups of them above, on another device; None stays None."""
+    if thing is None:
+        return None
+    if isinstance(thing, Tensor | Jagged):
+        return thing.to(device)
+    if isinstance(thing, Mapping):
+        return {name: _move(value, device) for name, value in thing.items()}
+    return type(thing)(**{f.name: _move(getattr(thing, f.name), device) for f in fields(thing)})
+
+
+def request_batch(
+    histories: Histories,
+    users: FieldTable,
+    requests: Requests,
+    *,
+    max_history: int,
+    exclude_history: bool = False,
+) -> Batch:
+    """A batch of all given requests, without candidates.
+
+    Args:
+        histories: events that the requests' `start` and `end` point into.
+        users: user fields; rows beyond the table are read as the unknown user.
+        requests: R of them; B = R.
+        max_history: newest events kept per request.
+        exclude_history: forbid retrieval of everything in the (uncut) history, for surfaces that never repeat.
+    """
+    start = np.maximum(requests.start, requests.end - max_history)
+    index, lengths = _ranges(start, requests.end)
+    history = _history(histories, index, lengths)
+    known = torch.from_numpy(np.where(requests.user < users.num_rows, requests.user, 0))
+    excluded = None
+    if exclude_history:
+        seen, seen_lengths = _ranges(requests.start, requests.end)
+        excluded = Jagged.from_lengths(torch.from_numpy(histories.item[seen]), torch.from_numpy(seen_lengths))
+    return Batch(
+        user=known,
+        time=torch.from_numpy(np.array(requests.time)),
+        history=history,
+        user_fields=users.gather(known),
+        context={name: torch.from_numpy(np.array(column)) for name, column in requests.context.items()},
+        excluded=excluded,
+    )
+
+
+def target_candidates(requests: Requests) -> Jagged:
+    """The requests' own targets as candidates (all positive): what a two-tower trains on."""
+    return Jagged(torch.from_numpy(np.array(requests.target)), torch.from_numpy(np.array(requests.target_offsets)))
+
+
+def labels_of(candidates: Jagged, requests: Requests) -> tuple[Tensor, Tensor]:
+    """Label and worth of each candidate: float32 [total] each; 1 and the target's value where the request chose it, else 0."""
+    width = (
+        int(max(int(candidates.values.max()) if len(candidates.values) else 0, int(requests.target.max(initial=0)))) + 1
+    )
+    request_of_target = np.repeat(np.arange(len(requests)), np.diff(requests.target_offsets))
+    target_key = request_of_target * width + requests.target
+    order = np.argsort(target_key, kind="stable")
+    key = (candidates.row_of_value * width + candidates.values).numpy()
+    if not len(target_key):
+        return torch.zeros(len(key)), torch.zeros(len(key))
+    place = np.searchsorted(target_key[order], key).clip(max=len(order) - 1)
+    found = target_key[order][place] == key
+    value = np.where(found, requests.target_value[order][place], 0.0)
+    return torch.from_numpy(found.astype(np.float32)), torch.from_numpy(value.astype(np.float32))
+
+
+def next_event_batch(
+    histories: Histories,
+    users: FieldTable,
+    user_rows: Int,
+    *,
+    max_history: int,
+    ends: Int | None = None,
+) -> Batch:
+    """One sequence per user, supervised at every position that ends a group.
+
+    Inputs are the user's groups but the last one seen; at the last event of each group the targets are the distinct items of the next
+    group, each weighing 1 / their number, so that a position weighs 1. Users with fewer than two groups give no position.
+
+    Args:
+        user_rows: [B] users.
+        max_history: newest input events kept.
+        ends: [B] one past the last event that may be seen, for random windows; None = all of the user's events.
+    """
+    start = histories.offsets[user_rows]
+    stop = histories.offsets[user_rows + 1] if ends is None else ends
+    # Drop the last group from the inputs: it is only ever a target.
+    last_group = np.where(stop > start, histories.group[np.maximum(stop - 1, 0)], -1)
+    index, lengths = _ranges(start, stop)
+    owner = np.repeat(np.arange(len(user_rows)), lengths)
+    is_input = histories.group[index] != last_group[owner]
+    input_end = start + np.bincount(owner, weights=is_input, minlength=len(user_rows)).astype(np.int64)
+    input_start = np.maximum(start, input_end - max_history)
+    kept, kept_lengths = _ranges(input_start, input_end)
+    owner = np.repeat(np.arange(len(user_rows)), kept_lengths)
+
+    # An input position is supervised when the event after it opens a new group (true by construction for the last input).
+    group = histories.group[kept]
+    ends_group = histories.group[kept + 1] != group if len(kept) else np.zeros(0, dtype=bool)
+    position = np.flatnonzero(ends_group)
+    first_target = kept[position] + 1
+    boundaries = np.append(first_target, 0)
+    # The next group ends where the next supervised position of the same user stands, or at the user's stop.
+    same_user = owner[position][1:] == owner[position][:-1]
+    group_end = stop[owner[position]]
+    group_end[:-1] = np.where(same_user, boundaries[1:-1], group_end[:-1])
+    targets, target_lengths = _ranges(first_target, group_end)
+    rows, row_lengths = _distinct(histories.item[targets], target_lengths)
+    weight = np.repeat(1.0 / np.maximum(row_lengths, 1), row_lengths).astype(np.float32)
+
+    last_time = histories.time[np.maximum(stop - 1, 0)] if histories.num_events else np.zeros(len(user_rows), np.int64)
+    known = torch.from_numpy(np.asarray(user_rows, dtype=np.int64))
+    return Batch(
+        user=known,
+        time=torch.from_numpy(np.array(last_time, dtype=np.int64)),
+        history=_history(histories, kept, kept_lengths),
+        user_fields=users.gather(known),
+        targets=NextTargets(
+            position=torch.from_numpy(position),
+            items=Jagged.from_lengths(torch.from_numpy(rows), torch.from_numpy(row_lengths)),
+            weight=torch.from_numpy(weight),
+        ),
+    )
+
+
+def _history(histories: Histories, index: Int, lengths: Int) -> History:
+    return History(
+        items=Jagged.from_lengths(torch.from_numpy(histories.item[index]), torch.from_numpy(lengths)),
+        time=torch.from_numpy(histories.time[index]),
+        action=torch.from_numpy(histories.action[index]),
+        value=torch.from_numpy(histories.value[index]),
+        group=torch.from_numpy(histories.group[index]),
+    )
+
+
+def _ranges(start: Int, end: Int) -> tuple[Int, Int]:
+    """Indices start[i] .. end[i] of all rows end to end, and the lengths [B]."""
+    lengths = np.maximum(end - start, 0)
+    shift = start - (np.cumsum(lengths) - lengths)
+    return np.arange(lengths.sum()) + np.repeat(shift, lengths), lengths
+
+
+def _distinct(values: Int, lengths: Int) -> tuple[Int, Int]:
+    """Distinct values within each row, sorted, and their number per row [P]."""
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    order = np.lexsort((values, row))
+    row, values = row[order], values[order]
+    fresh = np.ones(len(values), dtype=bool)
+    fresh[1:] = (row[1:] != row[:-1]) | (values[1:] != values[:-1])
+    return values[fresh], np.bincount(row[fresh], minlength=len(lengths)).astype(np.int64)

@@ -1,0 +1,130 @@
+"""Rows of different lengths without padding: `values` end to end and `offsets` that cut them.
+
+    offsets 0     3  4        7
+    values  a b c d  e f g         row 0 = a b c, row 1 = d, row 2 = e f g
+
+B rows, L longest row, total = sum of lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Jagged:
+    """`values [total, ...]` of any dtype and `offsets [B + 1]` int64, offsets[0] = 0, offsets[B] = total."""
+
+    values: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def from_lengths(cls, values: Tensor, lengths_B: Tensor) -> Jagged:
+        """Cut `values [total, ...]` into rows of the given lengths [B] int64."""
+        offsets = torch.zeros(len(lengths_B) + 1, dtype=torch.int64, device=values.device)
+        torch.cumsum(lengths_B, 0, out=offsets[1:])
+        return cls(values, offsets)
+
+    @classmethod
+    def from_rows(cls, rows: list[list[int]]) -> Jagged:
+        """From Python lists of integers; for tests and single requests, not for hot paths."""
+        values = torch.tensor([value for row in rows for value in row], dtype=torch.int64)
+        return cls.from_lengths(values, torch.tensor([len(row) for row in rows], dtype=torch.int64))
+
+    @classmethod
+    def from_padded(cls, padded: Tensor, mask_BL: Tensor) -> Jagged:
+        """Keep the entries of `padded [B, L, ...]` where the mask [B, L] is True, in order."""
+        return cls.from_lengths(padded[mask_BL], mask_BL.sum(1))
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64."""
+        return self.offsets.diff()
+
+    @property
+    def row_of_value(self) -> Tensor:
+        """[total] int64: which row each value belongs to."""
+        return torch.repeat_interleave(torch.arange(self.num_rows, device=self.offsets.device), self.lengths)
+
+    @property
+    def position_of_value(self) -> Tensor:
+        """[total] int64: 0 for the first value of each row, 1 for the next, ..."""
+        total = len(self.values)
+        return torch.arange(total, device=self.offsets.device) - self.offsets[:-1].repeat_interleave(self.lengths)
+
+    def with_values(self, values: Tensor) -> Jagged:
+        """Same rows, other values [total, ...]."""
+        return Jagged(values, self.offsets)
+
+    def padded(self, length: int | None = None, fill: float = 0) -> tuple[Tensor, Tensor]:
+        """Left-aligned dense form: padded [B, L, ...] and mask [B, L] bool, True where a value is real.
+
+        `length` fixes L; longer rows keep their LAST values, so that the newest history survives.
+        """
+        longest = int(self.lengths.max()) if self.num_rows and len(self.values) else 0
+        width = max(longest, 1) if length is None else length
+        kept_B = self.lengths.clamp(max=width)
+        mask_BL = torch.arange(width, device=self.offsets.device) < kept_B[:, None]
+        dense = self.values.new_full((self.num_rows, width, *self.values.shape[1:]), fill)
+        if longest <= width:
+            dense[mask_BL] = self.values
+        else:
+            dense[mask_BL] = self.values[self.position_of_value >= (self.lengths - kept_B)[self.row_of_value]]
+        return dense, mask_BL
+
+    def last(self, count: int) -> Jagged:
+        """The last `count` values of every row."""
+        if not len(self.values) or int(self.lengths.max()) <= count:
+            return self
+        kept_B = self.lengths.clamp(max=count)
+        keep = self.position_of_value >= (self.lengths - kept_B)[self.row_of_value]
+        return Jagged.from_lengths(self.values[keep], kept_B)
+
+    def select(self, rows: Tensor) -> Jagged:
+        """Rows [n] int64 of this, in the given order, repeats allowed."""
+        return Jagged.from_lengths(self.values[self.value_index(rows)], self.lengths[rows])
+
+    def value_index(self, rows: Tensor) -> Tensor:
+        """Positions in `values` of the given rows [n], end to end: int64 [sum of their lengths]."""
+        lengths = self.lengths[rows]
+        starts = self.offsets[:-1][rows] - (lengths.cumsum(0) - lengths)
+        return torch.arange(int(lengths.sum()), device=self.offsets.device) + starts.repeat_interleave(lengths)
+
+    def to(self, device: torch.device | str) -> Jagged:
+        """The same on another device."""
+        return Jagged(self.values.to(device), self.offsets.to(device))
+
+    def to_nested(self) -> Tensor:
+        """As a PyTorch jagged nested tensor, sharing memory."""
+        return torch.nested.nested_tensor_from_jagged(self.values, self.offsets)
+
+    @classmethod
+    def from_nested(cls, nested: Tensor) -> Jagged:
+        """From a PyTorch jagged nested tensor, sharing memory."""
+        return cls(nested.values(), nested.offsets())
+
+    def to_torchrec(self) -> object:
+        """As TorchRec's JaggedTensor, sharing memory; needs the torchrec package."""
+        from torchrec import JaggedTensor
+
+        return JaggedTensor(values=self.values, offsets=self.offsets)
+
+
+def segment_sum(values: Tensor, row_of_value: Tensor, num_rows: int) -> Tensor:
+    """Sum values [total, ...] by row: [num_rows, ...]; empty rows are 0."""
+    out = values.new_zeros((num_rows, *values.shape[1:]))
+    return out.index_add(0, row_of_value, values)
+
+
+def segment_mean(values: Tensor, row_of_value: Tensor, num_rows: int) -> Tensor:
+    """Mean of values [total, ...] by row: [num_rows, ...]; empty rows are 0."""
+    count = torch.bincount(row_of_value, minlength=num_rows).clamp(min=1).to(values.dtype)
+    return segment_sum(values, row_of_value, num_rows) / count.view(-1, *[1] * (values.dim() - 1))

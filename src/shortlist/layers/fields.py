@@ -1,0 +1,121 @@
+"""Typed fields become vectors: the first layer of every model that reads fields.
+
+F fields, d width, rows = any number of items, users or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shortlist.data.jagged import Jagged
+from shortlist.data.schema import Categorical, Column, Field, Image, Numeric, Space, Text, Vector
+from shortlist.data.schema import Sequence as SequenceField
+from shortlist.embeddings.base import TableChoice, dropped_ids, make_table
+
+
+class FieldEmbeddings(nn.Module):
+    """Each field as one vector: an id by a table, a set of ids by the mean of its rows, a number or vector by a linear map.
+
+    Raw text and images are left to content systems. `fields` lists those that are read, in output order.
+    """
+
+    def __init__(self, fields: Sequence[Field], dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.fields = tuple(f for f in fields if not isinstance(f, Text | Image))
+        self.maps = nn.ModuleList(self._map(f) for f in self.fields)
+
+    def _map(self, f: Field) -> nn.Module:
+        match f:
+            case Categorical():
+                module: nn.Module = nn.Embedding(f.size + 1, self.dim)
+            case SequenceField():
+                module = nn.EmbeddingBag(f.size + 1, self.dim, mode="mean", include_last_offset=True)
+            case Numeric():
+                module = nn.Linear(1, self.dim)
+            case Vector():
+                module = nn.Linear(f.dim, self.dim)
+            case _:
+                raise TypeError(f"field {f.name!r} of type {type(f).__name__} has no embedding")
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            nn.init.normal_(module.weight, std=0.02)
+        return module
+
+    def forward(self, columns: Mapping[str, Column]) -> Tensor:
+        """float32 [rows, F, d] from columns by field name, as a FieldTable or a Batch holds them.
+
+        Raises KeyError with the field's name when a column is missing.
+        """
+        return torch.stack([self._embed(m, columns[f.name]) for f, m in zip(self.fields, self.maps)], dim=1)
+
+    def _embed(self, module: nn.Module, column: Column) -> Tensor:
+        if isinstance(column, Jagged):
+            return module(column.values, column.offsets)
+        if isinstance(module, nn.Linear) and column.dim() == 1:
+            return module(column[:, None])
+        return module(column)
+
+
+class ItemEncoder(nn.Module):
+    """An item's vector: its id row plus a linear map of its fields. Items without training events are carried by their fields.
+
+    Args:
+        space: gives the number of items, which have an id row, and the field columns (kept as buffers that are not saved:
+            the catalogue belongs to the snapshot, not to the weights).
+        dim: d.
+        id_dropout: share of id rows replaced by the unknown row in training, so that row 0 stands for a new item.
+        use_fields: read the item fields, where there are any.
+    """
+
+    known_items: Tensor
+
+    def __init__(
+        self,
+        space: Space,
+        dim: int,
+        *,
+        id_dropout: float = 0.0,
+        use_fields: bool = True,
+        table: TableChoice | None = None,
+    ) -> None:
+        super().__init__()
+        self.id_dropout = id_dropout
+        self.ids = make_table(space.num_items + 1, dim, table)
+        fields = space.items.fields if use_fields else ()
+        self.fields = FieldEmbeddings(fields, dim)
+        self.num_fields = len(self.fields.fields)
+        self.mix = nn.Linear(self.num_fields * dim, dim, bias=False) if self.num_fields else None
+        self.register_buffer("known_items", space.known_items, persistent=False)
+        for f in self.fields.fields:
+            column = space.items.columns[f.name]
+            if isinstance(column, Jagged):
+                self.register_buffer(f"values_of_{f.name}", column.values, persistent=False)
+                self.register_buffer(f"offsets_of_{f.name}", column.offsets, persistent=False)
+            else:
+                self.register_buffer(f"column_of_{f.name}", column, persistent=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """float32 [..., d] for catalogue rows [...] int64."""
+        flat = rows.reshape(-1)
+        ids = flat.masked_fill(~self.known_items[flat], 0)
+        vector = self.ids(dropped_ids(ids, self.id_dropout if self.training else 0.0))
+        if self.mix is not None:
+            vector = vector + self.mix(self.fields(self._gather(flat)).flatten(1))
+        return vector.view(*rows.shape, -1)
+
+    def all(self) -> Tensor:
+        """float32 [num_items + 1, d]: every item's vector, for a full softmax; carries gradients."""
+        return self(torch.arange(len(self.known_items), device=self.known_items.device))
+
+    def _gather(self, rows: Tensor) -> dict[str, Column]:
+        columns: dict[str, Column] = {}
+        for f in self.fields.fields:
+            if isinstance(f, SequenceField):
+                whole = Jagged(getattr(self, f"values_of_{f.name}"), getattr(self, f"offsets_of_{f.name}"))
+                columns[f.name] = whole.select(rows)
+            else:
+                columns[f.name] = getattr(self, f"column_of_{f.name}")[rows]
+        return columns

@@ -1,0 +1,282 @@
+"""The kinds of system and what each must offer. A system inherits one kind and is final.
+
+B requests, n items (scores have n + 1 columns, row 0 is the unknown item), k results, d width of a vector, total = all candidates of
+the batch end to end.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from shortlist.data.batches import Batch, Candidates
+from shortlist.data.histories import View
+from shortlist.data.jagged import Jagged
+from shortlist.data.schema import Space
+
+Losses = dict[str, Tensor]
+Scores = dict[str, Tensor]
+Feed = Literal["next_event", "targets", "candidates"]
+RETRIEVAL_TASK = "score"
+
+
+class Retrieved(NamedTuple):
+    """Best items per request, best first."""
+
+    rows: Tensor
+    """int64 [B, k] catalogue rows; 0 where fewer than k could be had."""
+    scores: Tensor
+    """float32 [B, k]; -inf beside row 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestShape:
+    """Size of one request, for costs."""
+
+    num_history: int = 50
+    num_candidates: int = 100
+    num_items: int = 10_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What one request costs; one multiply-add is 2 FLOPs."""
+
+    user_flops: float = 0.0
+    """Once per request, whatever the number of candidates."""
+    item_flops: float = 0.0
+    """Per candidate; for a retriever that scores the whole catalogue, per item of it."""
+    bytes: float = 0.0
+    """Parameters and state read, once per request."""
+
+    def flops(self, num_scored: int) -> float:
+        """FLOPs of a request that scores so many items."""
+        return self.user_flops + self.item_flops * num_scored
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """One step of training; most systems have one."""
+
+    name: str
+    feed: Feed
+    """next_event: one sequence per user, all positions; targets: a past request with what was chosen as candidates;
+    candidates: a past request with what the earlier stages let through, labelled."""
+    losses: Callable[[Batch], Losses]
+    parameters: Callable[[], Iterable[nn.Parameter]] | None = None
+    """What this phase trains; None = everything that requires a gradient."""
+    before: Callable[[View], None] | None = None
+    """Work between phases on training-time data: frozen auxiliaries, clusterings, ids."""
+    epochs: int | None = None
+    """Epochs at most; None = as the trainer's settings say."""
+
+
+class System(nn.Module, ABC):
+    """What all systems share. `Config` is the class's settings dataclass, `feed` what it trains on (None = no gradient training)."""
+
+    kind: ClassVar[str]
+    Config: ClassVar[type]
+    feed: ClassVar[Feed | None] = None
+    max_history: int = 200
+    """Newest events it reads; set from the config in `__init__`. A batch may hold more: a system cuts by `history.last`."""
+
+    def __init__(self, config: Any, space: Space) -> None:
+        super().__init__()
+        self.config = config
+        self.space = space
+
+    def prepare(self, view: View) -> None:
+        """Compute from training-time data what must stand before training: counts, graphs, closed forms. Results are buffers."""
+
+    def losses(self, batch: Batch) -> Losses:
+        """Training losses by task, scalars. Only called where `feed` is set."""
+        raise TypeError(f"{type(self).__name__} is not trained by gradient; it is complete after prepare()")
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Steps of training, in order."""
+        return (Phase(name="train", feed=self.feed, losses=self.losses),) if self.feed else ()
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Parameters that several tasks share, for gradient rules; all of them unless a multi-task model says otherwise."""
+        return list(self.parameters())
+
+    @abstractmethod
+    def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
+        """FLOPs and bytes of one request; `cached` = the user side is already at hand."""
+
+    def buffer(self, name: str, value: Tensor) -> None:
+        """Set a buffer that is saved with the weights, whatever its shape was before."""
+        if name in self._buffers:
+            self._buffers[name] = value
+        else:
+            self.register_buffer(name, value)
+
+
+class Retriever(System):
+    """Finds candidates among all items, and can score given ones."""
+
+    kind = "retriever"
+
+    @abstractmethod
+    def retrieve(self, batch: Batch, k: int) -> Retrieved:
+        """The k best items per request, without `batch.excluded` and without row 0."""
+
+    @abstractmethod
+    def score(self, batch: Batch) -> Scores:
+        """{"score": [total] float32}: the scores that `retrieve` sorts by, for the batch's candidates."""
+
+
+class ItemScorer(System):
+    """A retriever that scores the whole catalogue at once: counts and closed forms."""
+
+    kind = "retriever"
+
+    @abstractmethod
+    def score_all(self, batch: Batch) -> Tensor:
+        """float32 [B, n + 1], freshly made; column 0 is ignored."""
+
+    @final
+    def retrieve(self, batch: Batch, k: int) -> Retrieved:
+        """See Retriever.retrieve."""
+        return top_k(self.score_all(batch), k, batch.excluded)
+
+    @final
+    def score(self, batch: Batch) -> Scores:
+        """See Retriever.score."""
+        rows = batch.candidate_rows
+        return {RETRIEVAL_TASK: self.score_all(batch)[rows.row_of_value, rows.values]}
+
+
+class VectorRetriever(System):
+    """A retriever whose score is the inner product of a user's and an item's vector, so that an index can serve it."""
+
+    kind = "retriever"
+
+    def __init__(self, config: Any, space: Space) -> None:
+        super().__init__(config, space)
+        self._matrix: Tensor | None = None
+
+    @abstractmethod
+    def encode_user(self, batch: Batch) -> Tensor:
+        """float32 [B, d]."""
+
+    @abstractmethod
+    def encode_items(self, rows: Tensor) -> Tensor:
+        """float32 [n, d] for catalogue rows [n] int64."""
+
+    @final
+    def item_matrix(self) -> Tensor:
+        """float32 [n + 1, d]: all items, computed once and kept until training goes on."""
+        if self._matrix is None or self._matrix.device != self.space_device():
+            with torch.no_grad():
+                rows = torch.arange(self.space.num_items + 1, device=self.space_device())
+                self._matrix = torch.cat([self.encode_items(chunk) for chunk in rows.split(65_536)])
+        return self._matrix
+
+    def space_device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def train(self, mode: bool = True) -> VectorRetriever:
+        """As nn.Module; the kept item matrix is dropped, since it may change."""
+        self._matrix = None
+        super().train(mode)
+        return self
+
+    @final
+    def retrieve(self, batch: Batch, k: int) -> Retrieved:
+        """See Retriever.retrieve; exact search over all items."""
+        return top_k(self.encode_user(batch) @ self.item_matrix().T, k, batch.excluded)
+
+    @final
+    def score(self, batch: Batch) -> Scores:
+        """See Retriever.score."""
+        rows = batch.candidate_rows
+        user_Bd = self.encode_user(batch)
+        return {RETRIEVAL_TASK: (user_Bd[rows.row_of_value] * self.item_matrix()[rows.values]).sum(-1)}
+
+
+class Ranker(System):
+    """Scores the candidates of each request, one score per task. The user side is computed once per request."""
+
+    kind = "ranker"
+    feed = "candidates"
+
+    @abstractmethod
+    def user_state(self, batch: Batch) -> Any:
+        """All that depends on user, history and context alone: tensors [B, ...] in a NamedTuple or a plain tensor."""
+
+    @abstractmethod
+    def score_candidates(self, state: Any, candidates: Candidates) -> Scores:
+        """Logits [total] per task of `space.tasks`."""
+
+    @final
+    def score(self, batch: Batch) -> Scores:
+        """Logits [total] per task for the batch's candidates."""
+        if batch.candidates is None:
+            raise ValueError("this batch has no candidates to score; build it with candidates=...")
+        return self.score_candidates(self.user_state(batch), batch.candidates)
+
+
+class Reranker(System):
+    """Turns scored candidates into the page, looking at the items together: diversity, quotas, mixes."""
+
+    kind = "reranker"
+
+    @abstractmethod
+    def rerank(self, batch: Batch, scores: Tensor, k: int) -> Retrieved:
+        """The page: k rows per request in the order shown, from the batch's candidates with scores [total]."""
+
+
+def top_k(scores_BN: Tensor, k: int, excluded: Jagged | None = None) -> Retrieved:
+    """The k best columns per row, without column 0 and the excluded ones; overwrites the scores of those.
+
+    Args:
+        scores_BN: float [B, n + 1]; -inf and NaN are never returned.
+        excluded: catalogue rows per request, or None.
+    """
+    scores_BN.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(scores_BN.dtype).max, neginf=-torch.inf)
+    scores_BN[:, 0] = -torch.inf
+    if excluded is not None and len(excluded.values):
+        scores_BN[excluded.row_of_value, excluded.values] = -torch.inf
+    scores, rows = scores_BN.topk(min(k, scores_BN.shape[1]), dim=1)
+    if rows.shape[1] < k:
+        missing = k - rows.shape[1]
+        rows, scores = nn.functional.pad(rows, (0, missing)), nn.functional.pad(scores, (0, missing), value=-torch.inf)
+    return Retrieved(rows.masked_fill(scores == -torch.inf, 0), scores)
+
+
+def top_k_of_candidates(rows: Jagged, scores: Tensor, k: int) -> Retrieved:
+    """The k best candidates per request by score [total]; NaN counts as -inf, ties keep the candidates' order."""
+    clean = scores.nan_to_num(nan=-torch.inf, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf)
+    scores_BC, _ = rows.with_values(clean).padded(fill=-torch.inf)
+    rows_BC, _ = rows.padded()
+    order_BC = scores_BC.argsort(dim=1, descending=True, stable=True)[:, :k]
+    best = Retrieved(rows_BC.gather(1, order_BC), scores_BC.gather(1, order_BC))
+    missing = k - order_BC.shape[1]
+    if missing > 0:
+        best = Retrieved(
+            nn.functional.pad(best.rows, (0, missing)), nn.functional.pad(best.scores, (0, missing), value=-torch.inf)
+        )
+    return best
+
+
+def load_weights(system: System, tensors: Mapping[str, Tensor]) -> None:
+    """Set parameters and buffers by name; buffers made by `prepare` may have any shape. ValueError names what does not fit."""
+    for name, value in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = system.get_submodule(path)
+        if leaf in module._parameters:
+            continue
+        if leaf in module._buffers:
+            module._buffers[leaf] = value
+        else:
+            module.register_buffer(leaf, value)
+    missing, unexpected = system.load_state_dict(dict(tensors), strict=False)
+    if missing or unexpected:
+        raise ValueError(f"weights of {type(system).__name__}: missing {missing}, unexpected {unexpected}")
