@@ -1,1 +1,105 @@
-"""Ranking and classification metrics, intervals and paired tests: pure functions of arrays."""
+"""Ranking and classification metrics, intervals and paired tests: pure functions of arrays.
+
+    judged = judge(rows, targets, offsets)                   # pages [R, K] against the held-out items
+    interval = bootstrap_interval(ndcg(judged, 10), users, seed=0)
+
+`ranking` judges pages, `classification` predicted probabilities, `beyond` reach and variety, `intervals` how sure a figure is.
+"""
+
+from shortlist.metrics.beyond import (
+    category_diversity,
+    coverage,
+    exposure,
+    genre_diversity,
+    gini,
+    intra_list_diversity,
+    novelty,
+)
+from shortlist.metrics.classification import (
+    UserAUC,
+    auc,
+    auc_per_user,
+    calibration,
+    expected_calibration_error,
+    gauc,
+    logloss,
+    normalised_entropy,
+    pr_auc,
+    rela_impr,
+)
+from shortlist.metrics.intervals import (
+    Interval,
+    PairedTest,
+    bootstrap_interval,
+    bootstrap_ratio,
+    holm,
+    paired_difference,
+    seed_interval,
+)
+from shortlist.metrics.ranking import (
+    PAGE_METRICS,
+    Judged,
+    average_precision,
+    capped_recall,
+    first_hit_rank,
+    hit_rate,
+    hit_rate_from_ranks,
+    hits,
+    judge,
+    mrr,
+    mrr_from_ranks,
+    ndcg,
+    ndcg_from_ranks,
+    precision,
+    ranks_from_scores,
+    recall,
+    value_recall,
+    value_recall_total,
+    value_recovered,
+)
+
+__all__ = [
+    "PAGE_METRICS",
+    "Interval",
+    "Judged",
+    "PairedTest",
+    "UserAUC",
+    "auc",
+    "auc_per_user",
+    "average_precision",
+    "bootstrap_interval",
+    "bootstrap_ratio",
+    "calibration",
+    "capped_recall",
+    "category_diversity",
+    "coverage",
+    "expected_calibration_error",
+    "exposure",
+    "first_hit_rank",
+    "gauc",
+    "genre_diversity",
+    "gini",
+    "hit_rate",
+    "hit_rate_from_ranks",
+    "hits",
+    "holm",
+    "intra_list_diversity",
+    "judge",
+    "logloss",
+    "mrr",
+    "mrr_from_ranks",
+    "ndcg",
+    "ndcg_from_ranks",
+    "normalised_entropy",
+    "novelty",
+    "paired_difference",
+    "pr_auc",
+    "precision",
+    "ranks_from_scores",
+    "recall",
+    "rela_impr",
+    "seed_interval",
+    "value_recall",
+    "value_recall_total",
+    "value_recovered",
+]
