@@ -22,11 +22,16 @@ class FieldEmbeddings(nn.Module):
     Raw text and images are left to content systems. `fields` lists those that are read, in output order.
     """
 
+    nothing: Tensor
+
     def __init__(self, fields: Sequence[Field], dim: int) -> None:
         super().__init__()
         self.dim = dim
         self.fields = tuple(f for f in fields if not isinstance(f, Text | Image))
         self.maps = nn.ModuleList(self._map(f) for f in self.fields)
+        self.register_buffer(
+            "nothing", torch.empty(0), persistent=False
+        )  # knows the device where there are no parameters
 
     def _map(self, f: Field) -> nn.Module:
         match f:
@@ -44,11 +49,13 @@ class FieldEmbeddings(nn.Module):
             nn.init.normal_(module.weight, std=0.02)
         return module
 
-    def forward(self, columns: Mapping[str, Column]) -> Tensor:
+    def forward(self, columns: Mapping[str, Column], num_rows: int = 0) -> Tensor:
         """float32 [rows, F, d] from columns by field name, as a FieldTable or a Batch holds them.
 
-        Raises KeyError with the field's name when a column is missing.
+        `num_rows` is only read where F = 0. Raises KeyError with the field's name when a column is missing.
         """
+        if not self.fields:
+            return self.nothing.new_zeros(num_rows, 0, self.dim)
         return torch.stack([self._embed(m, columns[f.name]) for f, m in zip(self.fields, self.maps)], dim=1)
 
     def _embed(self, module: nn.Module, column: Column) -> Tensor:
@@ -104,7 +111,7 @@ class ItemEncoder(nn.Module):
         vector = self.ids(dropped_ids(ids, self.id_dropout if self.training else 0.0))
         if self.mix is not None:
             vector = vector + self.mix(self.fields(self._gather(flat)).flatten(1))
-        return vector.view(*rows.shape, -1)
+        return vector.view(*rows.shape, vector.shape[-1])
 
     def all(self) -> Tensor:
         """float32 [num_items + 1, d]: every item's vector, for a full softmax; carries gradients."""
