@@ -1,10 +1,10 @@
 """The event log: who did what, when, with the tables of items and users, read from anything and checked row by row.
 
-    log = read("events.csv", items="items.parquet")
-    log.events      user_id  item_id  timestamp            action  group_id  ...
-                    17850    715      2010-12-01 08:26:00  event   0
-                    17850    2378     2010-12-01 08:26:00  event   0        <- same user and time: same group
-                    13047    1022     2010-12-01 08:34:00  event   1
+log = read("events.csv", items="items.parquet")
+log.events      user_id  item_id  timestamp            action  group_id  ...
+                17850    715      2010-12-01 08:26:00  event   0
+                17850    2378     2010-12-01 08:26:00  event   0        <- same user and time: same group
+                13047    1022     2010-12-01 08:34:00  event   1
 """
 
 from __future__ import annotations
@@ -148,7 +148,9 @@ def k_core(log: EventLog, k: int) -> EventLog:
         height = events.height
         events = events.filter((pl.len().over("user_id") >= k) & (pl.len().over("item_id") >= k))
     if events.height == 0:
-        raise DataError(f"{log.source}: no user and item with at least {k} events each is left; choose a smaller k-core.")
+        raise DataError(
+            f"{log.source}: no user and item with at least {k} events each is left; choose a smaller k-core."
+        )
     events = events.with_columns(group_id=dense_codes(events.select("group_id")))
     items = None if log.items is None else log.items.join(events.select("item_id").unique(), on="item_id", how="semi")
     users = None if log.users is None else log.users.join(events.select("user_id").unique(), on="user_id", how="semi")
@@ -172,7 +174,10 @@ def _canonical_events(table: Table, roles: Roles) -> tuple[pl.DataFrame, ParsedT
     assert roles.user is not None
     assert roles.item is not None
     columns = {"user_id": as_ids(source[roles.user]), "item_id": as_ids(source[roles.item])}
-    reasons = [_reason(columns["user_id"].is_null(), "missing user"), _reason(columns["item_id"].is_null(), "missing item")]
+    reasons = [
+        _reason(columns["user_id"].is_null(), "missing user"),
+        _reason(columns["item_id"].is_null(), "missing item"),
+    ]
     times = None
     if roles.timestamp is not None and source[roles.timestamp].null_count() < source.height:
         times = parse_times(source[roles.timestamp], flag("timestamp"))
@@ -290,7 +295,11 @@ def _split_bad(frame: pl.DataFrame, table: Table, reasons: list[pl.Series]) -> t
 
 def _set_aside(tables: list[tuple[str, Table, pl.DataFrame, int]], path: Path | None, max_share: float) -> Quarantine:
     """Write bad rows and raise DataError when a table has too many of them."""
-    frames = [bad.with_columns(table=pl.lit(kind)).select("table", "line", "reason", "row") for kind, _, bad, _ in tables if bad.height]
+    frames = [
+        bad.with_columns(table=pl.lit(kind)).select("table", "line", "reason", "row")
+        for kind, _, bad, _ in tables
+        if bad.height
+    ]
     if not frames:
         return Quarantine()
     rows = pl.concat(frames)
@@ -341,7 +350,9 @@ def _side_table(table: Table, role: str, events_name: str | None) -> tuple[pl.Da
     rest = rest.with_columns(pl.selectors.float().fill_nan(None)) if rest.width else rest
     frame = pl.DataFrame([ids, *rest.get_columns()])
     repeated = ids.is_not_null() & ~ids.is_first_distinct()
-    return _split_bad(frame, table, [_reason(ids.is_null(), f"missing {role} id"), _reason(repeated, f"repeated {role} id")])
+    return _split_bad(
+        frame, table, [_reason(ids.is_null(), f"missing {role} id"), _reason(repeated, f"repeated {role} id")]
+    )
 
 
 def _id_column(table: Table, role: str, events_name: str | None) -> str:
@@ -356,10 +367,14 @@ def _id_column(table: Table, role: str, events_name: str | None) -> str:
         if "id" in source.columns:
             return "id"
         listed = ", ".join(source.columns)
-        raise DataError(f"{table.name}: cannot tell the {role} id among {listed}; call that column `{role}_id`.") from error
+        raise DataError(
+            f"{table.name}: cannot tell the {role} id among {listed}; call that column `{role}_id`."
+        ) from error
 
 
-def _agree(events: pl.DataFrame, table: pl.DataFrame | None, name: str) -> tuple[pl.DataFrame, pl.DataFrame | None, tuple[str, ...]]:
+def _agree(
+    events: pl.DataFrame, table: pl.DataFrame | None, name: str
+) -> tuple[pl.DataFrame, pl.DataFrame | None, tuple[str, ...]]:
     """Give both tables one id type: that of the events where the other converts without loss, otherwise text."""
     if table is None or table[name].dtype == events[name].dtype:
         return events, table, ()

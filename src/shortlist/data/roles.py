@@ -49,7 +49,6 @@ class Roles:
         return names
 
 
-
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
@@ -94,7 +93,7 @@ _NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "query": (("query", "searchquery", "querytext", "searchterm", "searchterms", "keywords", "searchtext"), ("keyword", "q", "search")),
     "propensity": (("propensity", "propensityscore", "pscore", "actionprob", "loggingprobability"),),
 }  # fmt: skip
-_AMOUNTS = ("value", "revenue", "salesvalue", "amount", "totalprice", "totalamount", "saleamount", "sales", "gmv", "turnover", "total")
+_AMOUNTS = _words("value revenue salesvalue amount totalprice totalamount saleamount sales gmv turnover total")
 _PRICES = ("price", "unitprice", "itemprice")
 _QUANTITIES = ("quantity", "qty", "count", "units")
 _LABELS = _words(
@@ -146,7 +145,9 @@ def describe_roles(roles: Roles, given: Roles | None = None) -> list[str]:
         lines.append(f"{role.removesuffix('s')} = {name} ({how})")
     absent = [role for role in SINGLE_ROLES if getattr(roles, role) is None]
     if absent:
-        lines.append(f"no column for {', '.join(absent)} (name one with `--ROLE COLUMN`, for instance `{flag(absent[0])} COLUMN`)")
+        lines.append(
+            f"no column for {', '.join(absent)} (name one with `--ROLE COLUMN`, for instance `{flag(absent[0])} COLUMN`)"
+        )
     return lines
 
 
@@ -161,10 +162,14 @@ def _check_exist(given: Roles, columns: Mapping[str, pl.DataType]) -> None:
         factors = name.split("*") if name and role == "value" and name not in columns else [name]
         for factor in factors:
             if factor and factor not in columns:
-                raise DataError(f"no column {factor!r} for {role}; the log has {_listed(columns)}: correct `{flag(role)}`.")
+                raise DataError(
+                    f"no column {factor!r} for {role}; the log has {_listed(columns)}: correct `{flag(role)}`."
+                )
     for name in given.labels:
         if name and name not in columns:
-            raise DataError(f"no column {name!r} for a label; the log has {_listed(columns)}: correct `{flag('labels')}`.")
+            raise DataError(
+                f"no column {name!r} for a label; the log has {_listed(columns)}: correct `{flag('labels')}`."
+            )
 
 
 def _listed(columns: Mapping[str, pl.DataType]) -> str:
@@ -185,7 +190,9 @@ def best_column(role: str, columns: Mapping[str, pl.DataType], sample: pl.DataFr
     required = role in ("user", "item")
     if not scored:
         if required:
-            raise DataError(f"no column looks like the {role}; the log has {_listed(columns)}: name it with `{flag(role)} COLUMN`.")
+            raise DataError(
+                f"no column looks like the {role}; the log has {_listed(columns)}: name it with `{flag(role)} COLUMN`."
+            )
         return None
     best = scored[min(scored)]
     if len(best) > 1 and (required or role == "timestamp"):
@@ -227,8 +234,9 @@ def _fits(role: str, sample: pl.DataFrame, name: str, dtype: pl.DataType) -> boo
         case "user" | "item" | "basket" | "request":
             return textual or dtype.is_integer() or (dtype.is_float() and _is_whole(sample[name]))
         case "timestamp":
-            strong = normalised(name) in _NAMES["timestamp"][0] and dtype.is_integer()
-            return looks_like_time(sample[name]) or strong
+            # a column called timestamp is one, even if damaged: reading then says so, instead of going on without times
+            named = normalised(name) in _NAMES["timestamp"][0] and (dtype.is_integer() or textual)
+            return named or looks_like_time(sample[name])
         case "action":
             return (textual or dtype.is_integer()) and sample[name].n_unique() <= 50
         case "query":

@@ -26,6 +26,7 @@ _MISSING = ("", "null", "NULL", "None", "none", "nan", "NaN", "\\N")
 _MISSING_NUMBERS = (*_MISSING, "NA", "N/A", "n/a", "-", "?")
 _MOVIELENS = ("user_id", "item_id", "rating", "timestamp")
 _BLOCK = 1 << 26
+_NOT_BLANK = pl.col("text").str.strip_chars() != ""
 _BAD_SCHEMA = {"line": pl.Int64, "reason": pl.String, "row": pl.String}
 
 
@@ -83,7 +84,9 @@ def _load_path(path: Path, separator: str | None, encoding: str | None) -> Table
         return _load_csv(path, separator, encoding)
     except (pl.exceptions.PolarsError, OSError, EOFError) as error:
         detail = str(error).strip().splitlines()
-        raise DataError(f"{path}: not readable ({detail[0] if detail else type(error).__name__}); is the file whole?") from error
+        raise DataError(
+            f"{path}: not readable ({detail[0] if detail else type(error).__name__}); is the file whole?"
+        ) from error
 
 
 def _from_frame(frame: pl.DataFrame, name: str) -> Table:
@@ -105,12 +108,14 @@ def _load_json(path: Path) -> Table:
     if data.lstrip()[:1] == b"[":
         return _from_frame(pl.read_json(io.BytesIO(data)), str(path))
     bad = pl.DataFrame(schema=_BAD_SCHEMA)
-    texts = _text_lines([data.decode("utf-8", errors="replace")])
+    texts = _text_lines([data.decode("utf-8", errors="replace")]).filter(_NOT_BLANK)
     try:
         frame = pl.read_ndjson(io.BytesIO(data), infer_schema_length=None)
     except pl.exceptions.PolarsError:
         wrong = ~texts["text"].map_elements(_is_json_object, return_dtype=pl.Boolean)
-        bad = texts.filter(wrong).select("line", pl.lit("not a JSON object").alias("reason"), pl.col("text").alias("row"))
+        bad = texts.filter(wrong).select(
+            "line", pl.lit("not a JSON object").alias("reason"), pl.col("text").alias("row")
+        )
         texts = texts.filter(~wrong)
         good = texts["text"].str.join("\n")[0].encode()
         frame = pl.read_ndjson(io.BytesIO(good), infer_schema_length=None) if texts.height else pl.DataFrame()
@@ -130,7 +135,9 @@ def _load_csv(path: Path, separator: str | None, encoding: str | None) -> Table:
     with _open(path) as file:
         head = file.read(1 << 16)
     if b"\0" in head:
-        raise DataError(f"{path}: not a text table; name Parquet files *.parquet, Arrow files *.arrow, JSON lines *.jsonl.")
+        raise DataError(
+            f"{path}: not a text table; name Parquet files *.parquet, Arrow files *.arrow, JSON lines *.jsonl."
+        )
     if not head.strip():
         raise DataError(f"{path}: the file is empty.")
     head_lines = [line for line in head.decode("utf-8-sig", errors="replace").splitlines() if line.strip()]
@@ -219,7 +226,7 @@ def _blocks(path: Path, decode: Callable[[bytes], str]) -> Iterator[str]:
 
 
 def _decoded_lines(path: Path, encoding: str | None) -> tuple[pl.DataFrame, tuple[str, ...]]:
-    """line, text of every line that is not blank."""
+    """line, text of every line of the file, and what was assumed about its encoding."""
     if encoding:
         return _text_lines(_blocks(path, lambda block: block.decode(encoding))), ()
     try:
@@ -235,11 +242,12 @@ def _text_lines(blocks: Iterator[str] | list[str]) -> pl.DataFrame:
         text = block.removeprefix("\ufeff") if number == 0 else block
         parts.append(pl.Series("text", [text.removesuffix("\n")]).str.split("\n").explode().str.strip_suffix("\r"))
     texts = pl.concat(parts) if parts else pl.Series("text", [], dtype=pl.String)
-    frame = pl.DataFrame({"line": pl.int_range(1, len(texts) + 1, eager=True), "text": texts})
-    return frame.filter(pl.col("text").str.strip_chars() != "")
+    return pl.DataFrame({"line": pl.int_range(1, len(texts) + 1, eager=True), "text": texts})
 
 
-def _read_ragged_csv(texts: pl.DataFrame, separator: str, has_header: bool) -> tuple[pl.DataFrame, pl.Series, pl.DataFrame]:
+def _read_ragged_csv(
+    texts: pl.DataFrame, separator: str, has_header: bool
+) -> tuple[pl.DataFrame, pl.Series, pl.DataFrame]:
     """Frame, line numbers and bad lines of a file in which some lines do not fit."""
     escaped = re.escape(separator)
     quoted = separator != "::" and bool(texts["text"].str.contains(f'(^|{escaped})"').any())
@@ -249,7 +257,10 @@ def _read_ragged_csv(texts: pl.DataFrame, separator: str, has_header: bool) -> t
         unclosed = pl.col("text").str.count_matches('"', literal=True) % 2 == 1
     else:
         bare, unclosed = pl.col("text"), pl.lit(False)
-    texts = texts.with_columns(fields=bare.str.count_matches(separator, literal=True) + 1, unclosed=unclosed)
+    # blank lines inside a quoted field belong to it, others are skipped
+    texts = texts.filter(_NOT_BLANK).with_columns(
+        fields=bare.str.count_matches(separator, literal=True) + 1, unclosed=unclosed
+    )
     wanted = texts["fields"][0]
     reason = (
         pl.when("unclosed").then(pl.lit("quote not closed"))
@@ -274,7 +285,8 @@ def _join_quoted_lines(texts: pl.DataFrame, separator: str) -> pl.DataFrame:
     odd = (quotes % 2 == 1).arg_true().to_list()
     if not odd:
         return texts
-    wanted = re.sub(r'"[^"]*"', "", texts["text"][0]).count(separator)
+    header = texts.filter(_NOT_BLANK)["text"][0]
+    wanted = re.sub(r'"[^"]*"', "", header).count(separator)
     joined: dict[int, str] = {}
     swallowed: list[int] = []
     at = 0
@@ -300,6 +312,7 @@ def _name_columns(frame: pl.DataFrame, has_header: bool) -> tuple[pl.DataFrame, 
         if frame.width == 4 and frame.height > 0 and _is_epoch(frame.to_series(3)):
             frame.columns = list(_MOVIELENS)
             return frame, (f"the file has no header; its four columns were taken as {', '.join(_MOVIELENS)}.",)
+        frame.columns = [f"column_{number}" for number in range(1, frame.width + 1)]
         return frame, ("the file has no header; columns are called column_1, column_2 ...",)
     stripped = [name.strip() for name in frame.columns]
     if len(set(stripped)) == len(stripped):
@@ -326,7 +339,8 @@ def _typed(column: pl.Series) -> pl.Series:
         whole = numbers.cast(pl.Int64, strict=False)
         if whole.null_count() == numbers.null_count() and bool((whole.cast(pl.String) == numbers).all()):
             return whole
-    has_fractions = bool(numbers.str.contains(r"[.eEiI]").any())  # without any, these are digits that 64 bits cannot hold
+    # without a point or an exponent anywhere these are whole numbers that 64 bits cannot hold: ids, not quantities
+    has_fractions = bool(numbers.str.contains(r"[.eEiI]").any())
     if has_fractions and not numbers.str.contains(r"^[+-]?0\d|^\+").any():
         real = numbers.cast(pl.Float64, strict=False)
         if real.null_count() == numbers.null_count():

@@ -46,6 +46,10 @@ class ParsedTimes:
     """"s", "ms", "us", "ns", "iso", "date", "datetime", or "order" for a counter that is no clock."""
 
 
+class _UndecidedDates(DataError):
+    """Day and month cannot be told apart."""
+
+
 def parse_times(column: pl.Series, flag: str = "--timestamp") -> ParsedTimes:
     """Recognise the unit or format of a time column and convert it.
 
@@ -61,22 +65,26 @@ def parse_times(column: pl.Series, flag: str = "--timestamp") -> ParsedTimes:
     elif isinstance(dtype, pl.Datetime):
         exact, unit = _without_zone(column), "datetime"
     else:
-        raise DataError(f"column {column.name!r} of type {dtype} cannot be read as a time; name another with `{flag} COLUMN`.")
+        raise DataError(
+            f"column {column.name!r} of type {dtype} cannot be read as a time; name another with `{flag} COLUMN`."
+        )
     at = exact if isinstance(exact.dtype, pl.Datetime) else _number_to_ms(exact, unit)
     at = at.cast(MS)
     return _judged(column, at, exact, unit)
 
 
 def looks_like_time(column: pl.Series) -> bool:
-    """True where at least nine in ten values of a sample read as clock times or dates (counters do not count)."""
+    """True where at least half of a sample reads as clock times or dates (counters do not count)."""
     column = column.drop_nulls()
     if len(column) == 0:
         return False
     try:
         parsed = parse_times(column)
+    except _UndecidedDates:
+        return True
     except DataError:
         return False
-    return parsed.unit != "order" and parsed.at.null_count() <= 0.1 * len(column)
+    return parsed.unit != "order" and parsed.at.null_count() <= 0.5 * len(column)
 
 
 def _judged(source: pl.Series, at: pl.Series, exact: pl.Series, unit: str) -> ParsedTimes:
@@ -173,7 +181,7 @@ def _either_day(sample: pl.Series, text: pl.Series, flag: str) -> str | None:
             continue
         failures = _strptime(text, day_first).null_count(), _strptime(text, month_first).null_count()
         if failures[0] == failures[1]:
-            raise DataError(
+            raise _UndecidedDates(
                 f"column {text.name!r}: dates such as {sample[0]!r} can be read day first or month first, and no value decides. "
                 f"Write them as 2024-05-31, or name another column with `{flag} COLUMN`."
             )
