@@ -1,0 +1,60 @@
+"""Settings of the trainer: what is the same whatever the system."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shortlist.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerConfig:
+    """How a system is trained."""
+
+    epochs: int = 20
+    """Passes over the training examples at most, per phase; a phase may set its own."""
+    batch_size: int = 256
+    """Sequences or requests per step; read by whoever builds the sources."""
+    lr: float = 1e-3
+    """Learning rate of everything but sparse tables."""
+    weight_decay: float = 0.0
+    """Decay of matrices; biases, norms and sparse tables are never decayed."""
+    clip_norm: float | None = 5.0
+    """Largest Euclidean norm of all gradients together; None = no clipping."""
+    patience: int | None = 3
+    """Validations without a new best score before the last phase stops; None = never."""
+    validate_every: int = 1
+    """Epochs between validations."""
+    seed: int = 0
+    """Of dropout, sampling and the order of examples."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto = a GPU where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes the losses under autocast; weights and optimiser state stay float32. Helps where the hardware has it."""
+    optimiser: Literal["adamw", "adam", "adagrad", "sgd"] = "adamw"
+    """For everything but sparse tables."""
+    table_optimiser: Literal["adagrad", "adam"] = "adam"
+    """Row-wise rule for sparse tables."""
+    table_lr: float | None = None
+    """Learning rate of sparse tables; None = lr."""
+    max_seconds: float | None = None
+    """Budget of wall time for the whole training, interruptions not counted; None = no limit."""
+    checkpoint_seconds: float = 60.0
+    """Time between checkpoints inside an epoch; one is also written at the end of every epoch. 0 = after every step."""
+    deterministic: bool = True
+    """Same seed, same machine, same result: operations that add in an undefined order are replaced by slower ones."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "clip_norm", "table_lr", "max_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} must be above 0, got {value}")
+        for name in ("weight_decay", "checkpoint_seconds", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"patience must be at least 1, got {self.patience}; leave it out to train all epochs")

@@ -1,0 +1,303 @@
+"""Where training batches come from. A batch is a pure function of (seed, epoch, step), so training resumes at any step.
+
+B rows of a batch (users or requests), U users, R requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shortlist.data.batches import Batch, next_event_batch, request_batch, target_candidates
+from shortlist.data.histories import Histories, Int, Requests, View
+from shortlist.data.jagged import Jagged
+from shortlist.data.schema import FieldTable
+from shortlist.errors import ConfigError, DataError
+
+BATCHES_PER_BUCKET = 64
+"""With length bucketing, so many batches are sorted by length among themselves: enough to save padding, few enough to stay random."""
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+    """What the trainer reads."""
+
+    def steps_per_epoch(self) -> int:
+        """Batches of one epoch, the same for every epoch."""
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from step `start` on; those before it are not built."""
+
+
+class NextEventSource:
+    """One sequence per user and epoch, supervised at every end of a group.
+
+    Args:
+        view: training-time events; users with fewer than two groups have nothing to predict and are left out.
+        batch_size: users per batch.
+        max_history: newest input events kept.
+        seed: of the order and of the windows.
+        random_window: a user with more events than `max_history` shows another stretch of them each epoch, ending at a group's end,
+            instead of always the newest.
+        bucket_by_length: users of similar length share a batch, which saves padding.
+
+    Raises DataError when no user has two groups.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        *,
+        batch_size: int,
+        max_history: int,
+        seed: int = 0,
+        random_window: bool = False,
+        bucket_by_length: bool = False,
+    ) -> None:
+        _check_sizes(batch_size, max_history)
+        self.view = view
+        self.batch_size, self.max_history, self.seed = batch_size, max_history, seed
+        histories = view.histories
+        start, stop = histories.offsets[:-1], histories.offsets[1:]
+        filled = np.flatnonzero(stop - start >= 2)
+        self.users: Int = filled[histories.group[start[filled]] != histories.group[stop[filled] - 1]]
+        if not len(self.users):
+            raise DataError(
+                f"no user of {histories.num_users:,} has events at two different times before the cut, so there is no next event "
+                "to learn from; move the cut later or choose a system that needs no order"
+            )
+        lengths = (stop - start)[self.users]
+        self.lengths = np.minimum(lengths, max_history) if bucket_by_length else None
+        self.group_ends: Int | None = None
+        if random_window and int(lengths.max()) > max_history:
+            changes = np.flatnonzero(np.diff(histories.group)) + 1
+            self.group_ends = np.union1d(changes, histories.offsets)
+
+    def steps_per_epoch(self) -> int:
+        """See BatchSource."""
+        return -(-len(self.users) // self.batch_size)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """See BatchSource."""
+        order = _epoch_order(len(self.users), self.batch_size, self.seed, epoch, self.lengths)
+        for step in range(start, self.steps_per_epoch()):
+            users = self.users[order[step * self.batch_size : (step + 1) * self.batch_size]]
+            yield next_event_batch(
+                self.view.histories,
+                self.view.users,
+                users,
+                max_history=self.max_history,
+                ends=self._ends(users, epoch, step),
+            )
+
+    def _ends(self, users: Int, epoch: int, step: int) -> Int | None:
+        """[B] one past the last event shown: a random group end that leaves a full window, the user's end where all fits."""
+        if self.group_ends is None:
+            return None
+        first, stop = self.view.histories.offsets[users], self.view.histories.offsets[users + 1]
+        # The last group is only ever a target: one event more than the window fills it, and one group alone teaches nothing.
+        second_group = self.group_ends[np.searchsorted(self.group_ends, first + 1)] + 1
+        earliest = np.minimum(np.maximum(first + self.max_history + 1, second_group), stop)
+        drawn = _generator(self.seed, epoch, step).integers(earliest, stop, endpoint=True)
+        return self.group_ends[np.searchsorted(self.group_ends, drawn)]
+
+
+class TargetSource:
+    """Past requests with what was then chosen as their candidates, all positive.
+
+    Args:
+        view: training-time events, which the requests' `start` and `end` point into, and the users' fields.
+        requests: R past requests; those without a target are left out.
+        batch_size: requests per batch.
+        max_history: newest events kept per request.
+        max_targets: targets kept per request, drawn anew each epoch; None = all.
+        seed: of the order and the draws.
+        bucket_by_length: requests with histories of similar length share a batch.
+
+    Raises DataError when no request has a target.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        requests: Requests,
+        *,
+        batch_size: int,
+        max_history: int,
+        max_targets: int | None = None,
+        seed: int = 0,
+        bucket_by_length: bool = False,
+    ) -> None:
+        _check_sizes(batch_size, max_history)
+        if max_targets is not None and max_targets < 1:
+            raise ConfigError(f"max_targets must be at least 1, got {max_targets}; leave it out to keep all")
+        self.view, self.requests = view, requests
+        self.batch_size, self.max_history, self.max_targets, self.seed = batch_size, max_history, max_targets, seed
+        self.kept: Int = np.flatnonzero(np.diff(requests.target_offsets) > 0)
+        if not len(self.kept):
+            raise DataError(f"none of {len(requests):,} past requests has a target, so there is nothing to learn from")
+        self.lengths = _history_lengths(requests, max_history)[self.kept] if bucket_by_length else None
+
+    def steps_per_epoch(self) -> int:
+        """See BatchSource."""
+        return -(-len(self.kept) // self.batch_size)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """See BatchSource."""
+        order = _epoch_order(len(self.kept), self.batch_size, self.seed, epoch, self.lengths)
+        for step in range(start, self.steps_per_epoch()):
+            chosen = self.kept[order[step * self.batch_size : (step + 1) * self.batch_size]]
+            requests = self.requests.select(chosen)
+            batch = request_batch(self.view.histories, self.view.users, requests, max_history=self.max_history)
+            rows = target_candidates(requests)
+            if self.max_targets is not None:
+                limit = np.full(len(chosen), self.max_targets)
+                keep = _random_subset(rows, limit, _generator(self.seed, epoch, step))
+                rows = Jagged.from_lengths(rows.values[keep], _count(rows, keep))
+            yield batch.with_candidates(rows)
+
+
+class CandidateSource:
+    """Past requests with what the earlier stages let through, labelled.
+
+    Args:
+        histories: events that the requests' `start` and `end` point into.
+        users: user fields.
+        requests: R past requests.
+        candidates: R rows of catalogue rows, total of them end to end.
+        pair: user-item fields by name, [total, ...] each.
+        labels: float32 [total] per task. A candidate is positive when any label is above 0; requests without one are left out.
+        batch_size: requests per batch.
+        max_history: newest events kept per request.
+        num_negatives: candidates without a positive label kept per request, drawn anew each epoch; None = all. Positives are always
+            kept, so the share of positives rises: order is not affected, calibration is.
+        seed: of the order and the draws.
+        bucket_by_length: requests with histories of similar length share a batch.
+
+    Raises DataError when sizes differ or no request has a positive candidate.
+    """
+
+    def __init__(
+        self,
+        histories: Histories,
+        users: FieldTable,
+        requests: Requests,
+        candidates: Jagged,
+        pair: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        *,
+        batch_size: int,
+        max_history: int,
+        num_negatives: int | None = None,
+        seed: int = 0,
+        bucket_by_length: bool = False,
+    ) -> None:
+        _check_sizes(batch_size, max_history)
+        if num_negatives is not None and num_negatives < 1:
+            raise ConfigError(f"num_negatives must be at least 1, got {num_negatives}; leave it out to keep all")
+        _check_candidates(requests, candidates, pair, labels)
+        self.histories, self.users, self.requests, self.candidates = histories, users, requests, candidates
+        self.pair, self.labels = dict(pair), dict(labels)
+        self.batch_size, self.max_history, self.num_negatives, self.seed = batch_size, max_history, num_negatives, seed
+        self.positive = torch.stack(list(labels.values())).gt(0).any(0)
+        self.kept: Int = np.flatnonzero(_count(candidates, self.positive).numpy())
+        if not len(self.kept):
+            raise DataError(
+                f"none of {len(requests):,} requests has a positive candidate: the earlier stages let nothing through that was "
+                "then chosen; let them keep more, or check the labels"
+            )
+        self.lengths = _history_lengths(requests, max_history)[self.kept] if bucket_by_length else None
+
+    def steps_per_epoch(self) -> int:
+        """See BatchSource."""
+        return -(-len(self.kept) // self.batch_size)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """See BatchSource."""
+        order = _epoch_order(len(self.kept), self.batch_size, self.seed, epoch, self.lengths)
+        for step in range(start, self.steps_per_epoch()):
+            chosen = self.kept[order[step * self.batch_size : (step + 1) * self.batch_size]]
+            index, lengths_B = self._candidates_of(torch.from_numpy(chosen), epoch, step)
+            batch = request_batch(
+                self.histories, self.users, self.requests.select(chosen), max_history=self.max_history
+            )
+            yield batch.with_candidates(
+                Jagged.from_lengths(self.candidates.values[index], lengths_B),
+                {name: column[index] for name, column in self.pair.items()},
+                {task: column[index] for task, column in self.labels.items()},
+            )
+
+    def _candidates_of(self, chosen_B: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """Positions in the candidates' values of those kept for the batch, end to end, and their number per request [B]."""
+        index = self.candidates.value_index(chosen_B)
+        rows = Jagged.from_lengths(index, self.candidates.lengths[chosen_B])
+        if self.num_negatives is None:
+            return index, rows.lengths
+        positive = self.positive[index]
+        limit_B = (_count(rows, positive) + self.num_negatives).numpy()
+        keep = _random_subset(rows, limit_B, _generator(self.seed, epoch, step), first=positive)
+        return index[keep], _count(rows, keep)
+
+
+def _check_sizes(batch_size: int, max_history: int) -> None:
+    if batch_size < 1 or max_history < 1:
+        raise ConfigError(f"batch_size and max_history must be at least 1, got {batch_size} and {max_history}")
+
+
+def _check_candidates(
+    requests: Requests, candidates: Jagged, pair: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+) -> None:
+    if candidates.num_rows != len(requests):
+        raise DataError(f"{candidates.num_rows:,} rows of candidates for {len(requests):,} requests; give one row each")
+    if not labels:
+        raise DataError("candidates to train on need at least one label")
+    for name, column in {**pair, **labels}.items():
+        if len(column) != len(candidates.values):
+            raise DataError(f"column {name!r} has {len(column):,} values for {len(candidates.values):,} candidates")
+
+
+def _history_lengths(requests: Requests, max_history: int) -> Int:
+    return np.minimum(requests.end - requests.start, max_history)
+
+
+def _generator(seed: int, *place: int) -> np.random.Generator:
+    """Random numbers that depend on the seed and the place in training alone."""
+    return np.random.default_rng([seed, *place])
+
+
+def _epoch_order(num_rows: int, batch_size: int, seed: int, epoch: int, lengths: Int | None) -> Int:
+    """A permutation of 0..num_rows-1; with lengths [num_rows], rows of similar length stand in the same batch."""
+    generator = _generator(seed, epoch)
+    order = generator.permutation(num_rows)
+    if lengths is None:
+        return order
+    bucket = np.arange(num_rows) // (batch_size * BATCHES_PER_BUCKET)
+    order = order[np.lexsort((lengths[order], bucket))]
+    # Whole batches are shuffled, so that short and long ones alternate; a shorter last batch keeps its place.
+    num_whole = num_rows // batch_size
+    whole = order[: num_whole * batch_size].reshape(num_whole, batch_size)
+    return np.concatenate([generator.permutation(whole).reshape(-1), order[num_whole * batch_size :]])
+
+
+def _count(rows: Jagged, mask: Tensor) -> Tensor:
+    """[B] int64: how many values of each row have the mask [total] True."""
+    return torch.bincount(rows.row_of_value[mask], minlength=rows.num_rows)
+
+
+def _random_subset(
+    rows: Jagged, limit_B: NDArray[np.int64], generator: np.random.Generator, first: Tensor | None = None
+) -> Tensor:
+    """Bool [total]: at most limit_B random values of each row, those with `first` [total] True before all others."""
+    row = rows.row_of_value.numpy()
+    key = generator.random(len(row), dtype=np.float64)
+    if first is not None:
+        key = key - first.numpy()
+    order = np.lexsort((key, row))
+    keep = np.zeros(len(row), dtype=bool)
+    keep[order] = rows.position_of_value.numpy() < limit_B[row]
+    return torch.from_numpy(keep)
