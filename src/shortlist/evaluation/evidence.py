@@ -345,6 +345,31 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
+def listing(folder: Path) -> list[dict[str, Any]]:
+    """Every claim of a folder with its systems and recorded verdict ("not run" where there is none)."""
+    recorded = {result["name"]: result for result in results(folder)}
+    rows = []
+    for name, path in claim_files(folder).items():
+        claim, _ = load_claim(path)
+        result = recorded.get(name)
+        rows.append(
+            {
+                "name": name,
+                "systems": list(claim.systems),
+                "claim": claim.claim,
+                "verdict": result["verdict"] if result else "not run",
+                "date": result["date"] if result else None,
+            }
+        )
+    return rows
+
+
+def listing_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The same as lines of text."""
+    width = max((len(row["name"]) for row in rows), default=0)
+    return [f"{row['name']:{width}}  {row['verdict']:8}  {row['claim']}" for row in rows] or ["no claims here"]
+
+
 def results_page(folder: Path) -> str:
     """Markdown of all results: claim, published figure, ours, baselines, verdict and command. The text of docs/evidence.md."""
     lines = [
@@ -372,7 +397,8 @@ def results_page(folder: Path) -> str:
             "",
             f"Bar: {result['bar']} **{result['verdict'].capitalize()}**: {result['reason']}",
             "",
-            f"Data: {result['data']}. Protocol: {result['protocol']}. `shortlist prove {result['name']}`, {result['seconds'] / 60:.0f} min on "
+            f"Data: {result['data']}. Protocol: {result['protocol']}. ",
+            f"`shortlist prove {result['name']}`, {result['seconds'] / 60:.0f} min on "
             f"{where['cores']} cores ({where['cpu']}, {where['device']}), {result['date']}, commit {result['commit'][:9]}.",
             "",
         ]

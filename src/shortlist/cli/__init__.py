@@ -1,0 +1,76 @@
+"""The command line. One thin file per command; heavy imports stay inside the command that needs them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from shortlist.errors import ShortlistError
+
+COMMANDS = {
+    "demo": "Train and evaluate a four-stage cascade on the built-in shop log.",
+    "check": "Say in words what a log holds and what it can serve.",
+    "train": "Train a cascade on a log.",
+    "evaluate": "Evaluate a trained run on its held-out requests.",
+    "compare": "Put runs and systems into one table with intervals and paired tests.",
+    "recommend": "Print the page one user sees, with scores per stage.",
+    "serve": "Serve a trained run over HTTP.",
+    "systems": "List the published systems, or describe one.",
+    "prove": "Run a claim and record its result, or list the claims.",
+}
+"""Command names and their line in --help; command NAME is the function `command` in cli/NAME.py, imported when it is called."""
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from shortlist._version import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Shortlist: behaviour logs in, a trained cascade out, served inside a compute budget."""
+
+
+def build(called: str | None) -> typer.Typer:
+    """The command line, with the file of the called command alone imported, so that `shortlist --help` stays fast."""
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        help="Shortlist: behaviour logs in, a trained cascade out, served inside a compute budget.",
+        epilog="Try `shortlist demo`, or `shortlist train LOG.csv --out RUN` with a log of your own.",
+    )
+    app.callback()(_root)
+    for name, line in COMMANDS.items():
+        function = importlib.import_module(f"shortlist.cli.{name}").command if name == called else _root
+        app.command(name, short_help=line)(function)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors the user can mend are one sentence on stderr and exit code 2."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    called = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        build(called)(args=argv, prog_name="shortlist")
+    except ShortlistError as error:
+        typer.echo(f"shortlist: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("shortlist: interrupted; run the same command again to go on", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

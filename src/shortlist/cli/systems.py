@@ -1,0 +1,39 @@
+"""`shortlist systems`: the registry as a table, JSON or Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    name: Annotated[str | None, typer.Argument(help="Describe one system and its settings.")] = None,
+    stage: Annotated[str | None, typer.Option(help="Only systems of this stage, such as retrieval or ranking.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the docs' table.")] = False,
+    evidence: Annotated[
+        Path | None, typer.Option(help="Folder of claims; default: evidence/ where there is one.")
+    ] = None,
+) -> None:
+    """List the published systems: name, kind, stage, paper, cold start, proof.
+
+    Example: shortlist systems --stage ranking
+    """
+    from shortlist.evaluation.systems_table import describe, markdown_table, rows, text_table
+    from shortlist.registry import find
+
+    folder = evidence or Path("evidence")
+    if name is not None:
+        described = describe(find(name))
+        typer.echo(json.dumps(described, indent=1) if json_ else described["text"])
+        return
+    table = rows(stage=stage, evidence=folder if folder.is_dir() else None)
+    if json_:
+        typer.echo(json.dumps(table, indent=1))
+    elif markdown:
+        typer.echo(markdown_table(table))
+    else:
+        typer.echo(text_table(table))
