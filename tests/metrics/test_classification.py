@@ -115,14 +115,21 @@ def test_loss_entropy_and_calibration_by_hand():
 
 
 def test_expected_calibration_error_by_hand():
-    labels, probabilities = np.array([0, 1, 1, 1]), np.array([0.05, 0.15, 0.95, 1.0])
-    # ten bins: gaps 0.05, 0.85, and |1.95 - 2| for the two rows of the last
-    assert metrics.expected_calibration_error(labels, probabilities) == pytest.approx((0.05 + 0.85 + 0.05) / 4)
-    # two bins of two rows: |0.20 - 1| and |1.95 - 2|
+    labels, probabilities = np.array([0, 1, 1, 0]), np.array([0.05, 0.15, 0.95, 1.0])
+    # ten bins: gaps 0.05, 0.85, and |1.95 - 1| for the two rows of the last
+    assert metrics.expected_calibration_error(labels, probabilities) == pytest.approx((0.05 + 0.85 + 0.95) / 4)
+    # two bins of two rows: |0.20 - 1| and |1.95 - 1|
     by_mass = metrics.expected_calibration_error(labels, probabilities, bins=2, spacing="mass")
-    assert by_mass == pytest.approx((0.8 + 0.05) / 4)
+    assert by_mass == pytest.approx((0.8 + 0.95) / 4)
     one_bin = metrics.expected_calibration_error(labels, probabilities, bins=1)
     assert one_bin == pytest.approx(abs(probabilities.mean() - labels.mean()))
+
+
+def test_equal_predictions_share_the_bin_of_their_middle():
+    # 0.2 spans the shares 0.4..1.0, middle 0.7: the second of two bins. Gaps |0.2 - 1| and |0.6 - 0|.
+    labels, probabilities = np.array([0, 1, 0, 0, 0]), np.array([0.1, 0.1, 0.2, 0.2, 0.2])
+    by_mass = metrics.expected_calibration_error(labels, probabilities, bins=2, spacing="mass")
+    assert by_mass == pytest.approx((0.8 + 0.6) / 5)
 
 
 def test_calibrated_predictions_have_a_small_error_and_skewed_ones_a_known_one():

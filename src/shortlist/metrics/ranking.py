@@ -235,14 +235,15 @@ def ranks_from_scores(
     _check_scores(scores_BN, target_B, excluded)
     target_B1 = target_B.to(device=scores_BN.device, dtype=torch.int64)[:, None]
     target_score_B1 = scores_BN.gather(1, target_B1)
-    at_least_BN, above_BN = scores_BN >= target_score_B1, scores_BN > target_score_B1
-    if excluded is not None:
-        allowed_BN = ~excluded.to(scores_BN.device).expand_as(scores_BN)
-        at_least_BN, above_BN = at_least_BN & allowed_BN, above_BN & allowed_BN
-    rank_B = at_least_BN.sum(1).double()  # the target is one of its own equals
+    allowed_BN = None if excluded is None else ~excluded.to(scores_BN.device).expand_as(scores_BN)
+
+    def count_B(beats_BN: Tensor) -> Tensor:
+        return (beats_BN if allowed_BN is None else beats_BN & allowed_BN).sum(1).double()
+
+    rank_B = count_B(scores_BN >= target_score_B1)  # the target is one of its own equals
     if ties == "averaged":
-        rank_B = (above_BN.sum(1).double() + 1.0 + rank_B) / 2.0
-    if excluded is not None:
+        rank_B = (count_B(scores_BN > target_score_B1) + 1.0 + rank_B) / 2.0
+    if allowed_BN is not None:
         rank_B = rank_B * allowed_BN.gather(1, target_B1).squeeze(1)
     return np.asarray(rank_B.cpu().numpy(), dtype=np.float64)
 
