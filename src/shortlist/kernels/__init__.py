@@ -1,1 +1,0 @@
-"""Fast paths for hot operations, each beside a plain reference."""

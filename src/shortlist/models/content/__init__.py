@@ -1,1 +1,0 @@
-"""Text and image representations, relevance."""

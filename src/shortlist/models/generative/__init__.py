@@ -1,1 +1,0 @@
-"""Semantic ids and constrained decoding."""
