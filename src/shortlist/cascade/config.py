@@ -1,0 +1,364 @@
+"""A run as one typed object: data, surface, stages, systems and trainer, read from TOML and printed with every default filled in.
+
+    [data]                        how the log is encoded and split
+    [surface]                     what a page is
+    [learning]                    how later stages learn from what earlier ones let through
+    [trainer]                     defaults of the trainer; [trainer.NAME] for one system
+    [stages.retrieval]            stages in the order in which they act; systems, keep, and further actions under `offers`
+    [systems.NAME]                settings of one system; `system = "din"` gives a second instance another name
+
+An action is what one stage may do (which systems, how many items survive); a chain is one action per stage. Chains are named by one
+letter per stage and the number of the action: `a0-b1-c0`; the first action of every stage makes the default chain.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from shortlist.cascade.settings import Plain, build, nearest, parse_value, plain, refuse_unknown, toml
+from shortlist.data.splits import DataConfig
+from shortlist.errors import ConfigError
+from shortlist.registry import Entry, find
+from shortlist.training.config import TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surface:
+    """What a page is."""
+
+    k: int = 10
+    """Items on a page."""
+    repeats: Literal["auto", "yes", "no"] = "auto"
+    """Whether items the user already has may be shown again; auto = as the log's own share of repeats says."""
+    objective: Literal["choice", "value"] = "choice"
+    """What rankers learn: every chosen item alike, or each by its worth (money)."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"k must be at least 1, got {self.k}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learning:
+    """How stages are trained and selected."""
+
+    fit_requests: int = 50_000
+    """Requests at most, drawn at random from the fit window, on which rankers learn."""
+    valid_requests: int = 2_000
+    """Requests at most, drawn from the validation window, on which each system's training is stopped."""
+    max_candidates: int = 200
+    """Candidates kept per fit request: all that were chosen and a random part of the others, drawn once."""
+    num_negatives: int | None = 50
+    """Of those, so many not chosen ones are shown to a ranker per request and epoch; none = all."""
+    max_targets: int | None = 16
+    """Targets per past request that a two-tower sees in one epoch; none = all."""
+    refresh: bool = True
+    """After selection, systems that learn no weights count again on everything before the test window."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None and not isinstance(value, bool) and value < 1:
+                raise ConfigError(f"{f.name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Action:
+    """One thing a stage may do."""
+
+    systems: tuple[str, ...]
+    """Names of the systems that act, as [systems.NAME] or the registry has them."""
+    keep: int | None = None
+    """Items that survive the stage; the last stage may leave it out and then keeps a page."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One step of the cascade."""
+
+    name: str
+    """As in the file: retrieval, pre-ranking, ranking, re-ranking, or another."""
+    actions: tuple[Action, ...]
+    """What it may do; the first is the default."""
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """Every system of any action, once, in order of first use."""
+        return tuple(dict.fromkeys(name for action in self.actions for name in action.systems))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SystemChoice:
+    """A system as this run uses it."""
+
+    system: str
+    """Registered name."""
+    settings: Any
+    """Its settings object."""
+
+    @property
+    def entry(self) -> Entry:
+        """The registry's entry."""
+        return find(self.system)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """One action per stage."""
+
+    name: str
+    actions: tuple[Action, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """All settings of a run. Without stages it is incomplete: `default_config` chooses them from what a log offers."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    surface: Surface = field(default_factory=Surface)
+    learning: Learning = field(default_factory=Learning)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Of every system that is trained by gradient."""
+    trainers: Mapping[str, Plain] = field(default_factory=dict)
+    """What is different for one system: setting by name."""
+    stages: tuple[Stage, ...] = ()
+    systems: Mapping[str, SystemChoice] = field(default_factory=dict)
+    """Every system of the stages by its name in this run."""
+
+    @classmethod
+    def from_toml(cls, source: Path | str) -> RunConfig:
+        """Read a TOML file (Path) or text (str).
+
+        Raises:
+            ConfigError: unreadable, or any setting is unknown, of the wrong type, or does not go with the others.
+        """
+        where = str(source) if isinstance(source, Path) else "run settings"
+        try:
+            return cls.from_table(tomllib.loads(source.read_text() if isinstance(source, Path) else source))
+        except OSError as error:
+            raise ConfigError(f"{where} can not be read: {error.strerror or error}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: not TOML: {error}") from error
+        except ConfigError as error:
+            raise type(error)(f"{where}: {error}") from error
+
+    @classmethod
+    def from_table(cls, table: Plain) -> RunConfig:
+        """The same from nested tables."""
+        refuse_unknown(table, SECTIONS, "run")
+        stages = tuple(_stage(name, values) for name, values in _table(table, "stages").items())
+        systems = _systems(stages, _table(table, "systems"))
+        trainer, trainers = _trainers(_table(table, "trainer"), systems)
+        config = cls(
+            data=build(DataConfig, _table(table, "data"), "data"),
+            surface=build(Surface, _table(table, "surface"), "surface"),
+            learning=build(Learning, _table(table, "learning"), "learning"),
+            trainer=trainer,
+            trainers=trainers,
+            stages=stages,
+            systems=MappingProxyType(systems),
+        )
+        _check(config)
+        return config
+
+    def to_table(self) -> dict[str, Any]:
+        """Nested tables with every default filled in; `from_table` gives the same run."""
+        return {
+            "data": plain(self.data),
+            "surface": plain(self.surface),
+            "learning": plain(self.learning),
+            "trainer": {**plain(self.trainer), **{name: dict(values) for name, values in self.trainers.items()}},
+            "stages": {stage.name: _stage_table(stage) for stage in self.stages},
+            "systems": {name: {"system": c.system, **plain(c.settings)} for name, c in self.systems.items()},
+        }
+
+    def to_toml(self) -> str:
+        """As TOML text with every default filled in."""
+        return toml({name: table for name, table in self.to_table().items() if table})
+
+    __str__ = to_toml
+
+    def override(self, *assignments: str) -> RunConfig:
+        """The same with settings replaced: `ranking.keep=50`, `din.dim=64`, `trainer.lr=0.01`, `trainer.din.lr=0.1`.
+
+        The first part of the path is a section, a stage or a system; the value is read as TOML, a bare word as a string. Systems that
+        no stage uses any more lose their settings.
+        """
+        table = self.to_table()
+        for assignment in assignments:
+            path, sign, text = assignment.partition("=")
+            if not sign:
+                raise ConfigError(f"override {assignment!r} has no '='; write it as stage.field=value")
+            self._assign(table, [part.strip() for part in path.split(".")], parse_value(text.strip()))
+        used = {name for stage in table["stages"].values() for name in _names_in(stage)}
+        table["systems"] = {name: values for name, values in table["systems"].items() if name in used}
+        table["trainer"] = {n: v for n, v in table["trainer"].items() if not isinstance(v, Mapping) or n in used}
+        return RunConfig.from_table(table)
+
+    def _assign(self, table: dict[str, Any], path: list[str], value: Any) -> None:
+        heads = {
+            **{section: [section] for section in SECTIONS},
+            **{system: ["systems", system] for system in self.systems},
+            **{stage.name: ["stages", stage.name] for stage in self.stages},
+        }
+        if path[0] not in heads or len(path) < 2:
+            raise ConfigError(
+                f"override {'.'.join(path)!r} names no setting: {path[0]!r} is no section, stage or system of this run; "
+                f"{nearest(path[0], heads)}"
+                if path[0] not in heads
+                else f"override {path[0]!r} names a whole table; name one setting in it, as in {path[0]}.field=value"
+            )
+        *inner, last = [*heads[path[0]], *path[1:]]
+        for name in inner:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"override {'.'.join(path)!r}: {name!r} is a single value and has no settings inside")
+        table[last] = value
+
+    @property
+    def default_chain(self) -> Chain:
+        """The first action of every stage."""
+        return self.chain("-".join(f"{letter}0" for letter, _ in zip(LETTERS, self.stages)))
+
+    def chain(self, name: str) -> Chain:
+        """The chain of that name; ConfigError says which there are."""
+        parts = name.split("-")
+        wanted = [part[1:] if part[:1] == letter else "" for letter, part in zip(LETTERS, parts)]
+        if len(parts) != len(self.stages) or not all(number.isdecimal() for number in wanted):
+            raise ConfigError(
+                f"no chain {name!r}: {len(self.stages)} stages make names such as {self.default_chain.name}"
+            )
+        for stage, number in zip(self.stages, wanted):
+            if int(number) >= len(stage.actions):
+                raise ConfigError(f"no chain {name!r}: stage {stage.name} offers actions 0 to {len(stage.actions) - 1}")
+        return Chain(name, tuple(stage.actions[int(number)] for stage, number in zip(self.stages, wanted)))
+
+    def chains(self) -> Iterator[Chain]:
+        """Every chain in which no stage keeps more than the one before; the default chain comes first."""
+        for numbers in itertools.product(*(range(len(stage.actions)) for stage in self.stages)):
+            chain = self.chain("-".join(f"{letter}{number}" for letter, number in zip(LETTERS, numbers)))
+            if _shrinks([action.keep or self.surface.k for action in chain.actions]):
+                yield chain
+
+    def trainer_of(self, name: str) -> TrainerConfig:
+        """Trainer settings of one system."""
+        return build(TrainerConfig, {**plain(self.trainer), **self.trainers.get(name, {})}, f"trainer.{name}")
+
+    def with_data(self, data: DataConfig) -> RunConfig:
+        """The same on data encoded otherwise."""
+        return replace(self, data=data)
+
+
+SECTIONS = ("data", "surface", "learning", "trainer", "stages", "systems")
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def _table(table: Plain, name: str) -> Plain:
+    inner = table.get(name, {})
+    if not isinstance(inner, Mapping):
+        raise ConfigError(f"{name} must be a table, written as [{name}], got {inner!r}")
+    return inner
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _StageTable:
+    """A stage as the file has it: the first action's settings, and the further ones."""
+
+    systems: tuple[str, ...]
+    keep: int | None = None
+    offers: tuple[dict[str, Any], ...] = ()
+
+
+def _stage(name: str, values: Plain) -> Stage:
+    where = f"stages.{name}"
+    read = build(_StageTable, values, where)
+    first = Action(systems=read.systems, keep=read.keep)
+    others = (
+        build(Action, {"systems": read.systems, **offer}, f"{where}.offers[{number}]")
+        for number, offer in enumerate(read.offers)
+    )
+    return Stage(name=name, actions=(first, *others))
+
+
+def _stage_table(stage: Stage) -> dict[str, Any]:
+    first, *others = stage.actions
+    return plain(first) | ({"offers": [plain(action) for action in others]} if others else {})
+
+
+def _names_in(stage: Plain) -> Iterator[str]:
+    for action in (stage, *stage.get("offers", ())):
+        yield from action.get("systems", ()) if isinstance(action, Mapping) else ()
+
+
+def _systems(stages: tuple[Stage, ...], tables: Plain) -> dict[str, SystemChoice]:
+    used = list(dict.fromkeys(name for stage in stages for name in stage.systems))
+    for name in tables:
+        if name not in used:
+            raise ConfigError(f"[systems.{name}] is set, but no stage uses {name!r}: {nearest(name, used)}")
+    chosen = {}
+    for name in used:
+        settings = dict(_table(tables, name))
+        entry = find(str(settings.pop("system", name)))
+        chosen[name] = SystemChoice(system=entry.name, settings=build(entry.cls.Config, settings, f"systems.{name}"))  # type: ignore[attr-defined]
+    return chosen
+
+
+def _trainers(table: Plain, systems: Plain) -> tuple[TrainerConfig, dict[str, Plain]]:
+    own = {name: values for name, values in table.items() if isinstance(values, Mapping)}
+    shared = {name: values for name, values in table.items() if name not in own}
+    for name in own:
+        if name not in systems:
+            raise ConfigError(f"[trainer.{name}] is set, but no stage uses {name!r}: {nearest(name, systems)}")
+    trainer = build(TrainerConfig, shared, "trainer")
+    for name, values in own.items():
+        build(TrainerConfig, {**plain(trainer), **values}, f"trainer.{name}")
+    return trainer, own
+
+
+def _check(config: RunConfig) -> None:
+    """What no single section can see: names that clash, kinds that do not fit their stage, a cascade that grows."""
+    for stage in config.stages:
+        if stage.name in SECTIONS or stage.name in config.systems:
+            raise ConfigError(f"stage {stage.name!r} has the name of a section or of a system; give it another")
+        for number, action in enumerate(stage.actions):
+            _check_action(config, stage, number, action)
+    for name in set(config.systems) & set(SECTIONS):
+        raise ConfigError(
+            f"system {name!r} has the name of a section; give it another with [systems.OTHER] system = {name!r}"
+        )
+    keeps = [stage.actions[0].keep or config.surface.k for stage in config.stages]
+    for before, after, kept, keep in zip(config.stages, config.stages[1:], keeps, keeps[1:]):
+        if keep > kept:
+            raise ConfigError(
+                f"stage {after.name} keeps {keep} of the {kept} items that {before.name} lets through; "
+                f"lower {after.name}.keep or raise {before.name}.keep"
+            )
+
+
+def _check_action(config: RunConfig, stage: Stage, number: int, action: Action) -> None:
+    where = f"stage {stage.name}" + (f", offer {number - 1}" if number else "")
+    is_first, is_last = stage is config.stages[0], stage is config.stages[-1]
+    if not action.systems or len(set(action.systems)) < len(action.systems):
+        raise ConfigError(f"{where} must name at least one system, each once, got {list(action.systems)}")
+    if action.keep is None and not is_last:
+        raise ConfigError(f"{where} must say how many items it keeps: keep = 100")
+    if action.keep is not None and action.keep < config.surface.k:
+        raise ConfigError(f"{where} keeps {action.keep} items, fewer than the {config.surface.k} of a page (surface.k)")
+    for name in action.systems:
+        kind = config.systems[name].entry.kind
+        if is_first and kind != "retriever":
+            raise ConfigError(f"{where} comes first and must hold retrievers, but {name!r} is a {kind}")
+        if kind not in ("retriever", "ranker", "reranker"):
+            raise ConfigError(f"{where} names {name!r}, which is a {kind} and can not act in a cascade")
+        if kind == "reranker" and (not is_last or len(action.systems) > 1):
+            raise ConfigError(f"{where}: the re-ranker {name!r} must stand alone in the last stage")
+
+
+def _shrinks(keeps: list[int]) -> bool:
+    return all(after <= before for before, after in itertools.pairwise(keeps))
