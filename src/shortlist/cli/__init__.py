@@ -70,7 +70,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         typer.echo("shortlist: interrupted; run the same command again to go on", err=True)
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
