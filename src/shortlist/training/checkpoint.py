@@ -168,7 +168,7 @@ def _split_optimisers(states: list[dict[str, Any]]) -> tuple[Tensors, list[dict[
 
 def _join_optimisers(tensors: Tensors, scalars: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The state dicts again; JSON's lists become the tuples they were, apart from the lists of parameters."""
-    states = []
+    states: list[dict[str, Any]] = []
     for rest in scalars:
         groups = [
             {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}

@@ -164,7 +164,7 @@ def build_optimisers(
 
 
 def _dense(parameters: list[nn.Parameter], config: TrainerConfig) -> Optimizer:
-    """Torch's optimiser, with decay on matrices only."""
+    """Torch's optimiser, with decay on matrices only; its fused form where there is one, several times faster on large tables."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -172,13 +172,13 @@ def _dense(parameters: list[nn.Parameter], config: TrainerConfig) -> Optimizer:
     groups = [group for group in groups if group["params"]]
     match config.optimiser:
         case "adamw":
-            return torch.optim.AdamW(groups, lr=config.lr)
+            return torch.optim.AdamW(groups, lr=config.lr, fused=True)
         case "adam":
-            return torch.optim.Adam(groups, lr=config.lr)
+            return torch.optim.Adam(groups, lr=config.lr, fused=True)
         case "adagrad":
             return torch.optim.Adagrad(groups, lr=config.lr)
         case "sgd":
-            return torch.optim.SGD(groups, lr=config.lr)
+            return torch.optim.SGD(groups, lr=config.lr, fused=True)
 
 
 @torch.no_grad()
