@@ -1,0 +1,205 @@
+"""What rankers of given candidates share: the request's side computed once, pair fields, and losses per task.
+
+B requests, t candidates of all requests end to end, E history events of the batch end to end, D width of a vector, R width of the
+request's side, V of a candidate's side, W of the first hidden layer, F fields, T tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from shortlist.data.batches import Batch, History
+from shortlist.data.schema import Numeric, Space
+from shortlist.embeddings.base import Table, TableChoice, dropped_ids, make_table
+from shortlist.errors import ConfigError, DataError
+from shortlist.layers.fields import FieldEmbeddings
+from shortlist.layers.losses import binary_loss, softmax_ranking_loss
+from shortlist.layers.towers import MLP, Activation, Norm
+
+RankingLoss = Literal["softmax", "bce"]
+Recency = Literal["none", "gap", "position"]
+NUM_RECENCY_BUCKETS = 16  # powers of two: up to 2^15 hours (3.7 years), or 32,768 places from the end
+
+
+class SplitMLP(nn.Module):
+    """An MLP over [request side; candidate side] that does the request's share of its first layer once per request.
+
+    W [r; c] + b = (W_r r + b) + W_c c: the bracket is the same for all candidates of a request and can be kept between calls.
+    """
+
+    def __init__(
+        self,
+        request_width: int,
+        candidate_width: int,
+        widths: Sequence[int],
+        out_width: int,
+        *,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        norm: Norm = "none",
+    ) -> None:
+        super().__init__()
+        self.request_width = request_width
+        self.mlp = MLP(
+            request_width + candidate_width, widths, out_width, activation=activation, dropout=dropout, norm=norm
+        )
+        first = self._first
+        self.request_flops = 2 * request_width * first.out_features
+        self.candidate_flops = self.mlp.flops_per_row - self.request_flops
+
+    @property
+    def _first(self) -> nn.Linear:
+        first = self.mlp.layers[0]
+        assert isinstance(first, nn.Linear)
+        return first
+
+    def request_side(self, request_BR: Tensor) -> Tensor:
+        """float32 [B, W]: the request's share of the first layer, bias included."""
+        return nn.functional.linear(request_BR, self._first.weight[:, : self.request_width], self._first.bias)
+
+    def forward(self, request_BW: Tensor, candidate_tV: Tensor, row_of_t: Tensor) -> Tensor:
+        """float32 [t, out_width] for what `request_side` gave, candidates [t, V], and the request of each [t] int64."""
+        hidden_tW = nn.functional.linear(candidate_tV, self._first.weight[:, self.request_width :])
+        hidden_tW = hidden_tW + request_BW[row_of_t]
+        return self.mlp.layers[1:](hidden_tW)
+
+
+class RequestEncoder(nn.Module):
+    """User fields, context fields and, if wanted, the user's own id row, end to end: [B, (F + 1) D] at most.
+
+    Unknown users (row 0) read the unknown row, which `id_dropout` trains.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        dim: int,
+        *,
+        use_user_ids: bool = False,
+        id_dropout: float = 0.0,
+        table: TableChoice | None = None,
+    ) -> None:
+        super().__init__()
+        self.id_dropout = id_dropout
+        self.user_fields = FieldEmbeddings(space.user_fields, dim)
+        self.context_fields = FieldEmbeddings(space.context_fields, dim)
+        self.user_ids = make_table(space.num_users + 1, dim, table) if use_user_ids else None
+        num_vectors = len(self.user_fields.fields) + len(self.context_fields.fields) + int(use_user_ids)
+        self.width = num_vectors * dim
+
+    def forward(self, batch: Batch) -> Tensor:
+        """float32 [B, width]."""
+        parts = [
+            self.user_fields(batch.user_fields, batch.size).flatten(1),
+            self.context_fields(batch.context, batch.size).flatten(1),
+        ]
+        if self.user_ids is not None:
+            parts.append(self.user_ids(dropped_ids(batch.user, self.id_dropout if self.training else 0.0)))
+        return torch.cat(parts, dim=1)
+
+
+class PairFeatures(nn.Module):
+    """Numbers about (request, candidate) as features: each number itself and `num_bins` ramps over -1..1.
+
+    A ramp is 0 left of its bin, 1 right of it and linear inside, so that a linear map over them is any piecewise-linear curve
+    of the number, flat outside -1..1 but for the number's own slope (Gorishniy et al., NeurIPS 2022, equation 1, here with
+    fixed equal bins, since pair fields come scaled to about unit range).
+    """
+
+    left_K: Tensor
+
+    def __init__(self, fields: Sequence[Numeric], num_bins: int) -> None:
+        super().__init__()
+        self.names = tuple(f.name for f in fields)
+        self.num_bins = num_bins
+        self.width = len(self.names) * (1 + num_bins)
+        self.register_buffer("left_K", torch.linspace(-1, 1, num_bins + 1)[:-1], persistent=False)
+
+    def forward(self, pair: Mapping[str, Tensor], num_rows: int) -> Tensor:
+        """float32 [t, width] from columns [t]; DataError names a field that is missing."""
+        missing = [name for name in self.names if name not in pair]
+        if missing:
+            raise DataError(
+                f"the candidates lack pair fields {missing}, which this ranker was built to read; "
+                "make them with pair_fields(batch, rows)"
+            )
+        if not self.names:
+            return self.left_K.new_zeros(num_rows, 0)
+        number_tF = torch.stack([pair[name] for name in self.names], dim=1)
+        if not self.num_bins:
+            return number_tF
+        ramp_tFK = ((number_tF[:, :, None] - self.left_K) * (self.num_bins / 2)).clamp(0, 1)
+        return torch.cat([number_tF, ramp_tFK.flatten(1)], dim=1)
+
+
+class EventMarks(nn.Module):
+    """What is known of a past event beside its item, as a vector to add to the item's: its action, and how long ago it was.
+
+    Args:
+        space: a log with one action adds nothing for it.
+        dim: D.
+        recency: "gap" buckets the hours between event and request by powers of two, "position" the place from the end.
+
+    Raises ConfigError for "gap" on a log without a clock.
+    """
+
+    def __init__(self, space: Space, dim: int, recency: Recency = "none") -> None:
+        super().__init__()
+        if recency == "gap" and not space.has_clock:
+            raise ConfigError("recency='gap' needs times, which this log lacks; use recency='position'")
+        self.dim = dim
+        self.recency = recency
+        self.actions = nn.Embedding(len(space.actions) + 1, dim) if len(space.actions) > 1 else None
+        self.ages = nn.Embedding(NUM_RECENCY_BUCKETS, dim) if recency != "none" else None
+        for table in filter(None, (self.actions, self.ages)):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, item_ED: Tensor, history: History, time_B: Tensor) -> Tensor:
+        """float32 [E, D]: item vectors of the history's events plus their marks; `time_B` int64 [B] seconds of the requests."""
+        if self.actions is not None:
+            item_ED = item_ED + self.actions(history.action)
+        if self.ages is not None:
+            item_ED = item_ED + self.ages(self._bucket(history, time_B))
+        return item_ED
+
+    def _bucket(self, history: History, time_B: Tensor) -> Tensor:
+        row_E = history.items.row_of_value
+        if self.recency == "gap":
+            age_E = (time_B[row_E] - history.time).clamp(min=0) / 3600
+        else:
+            age_E = (history.items.lengths[row_E] - 1 - history.items.position_of_value).float()
+        return torch.log2(1 + age_E).long().clamp(max=NUM_RECENCY_BUCKETS - 1)
+
+
+def task_losses(scores: Mapping[str, Tensor], batch: Batch, loss: RankingLoss) -> dict[str, Tensor]:
+    """One loss per task from logits [t]: "softmax" over each request's candidates, or "bce" per candidate.
+
+    In a tabular batch, where no request has two candidates, a softmax has nothing to compare: such a batch takes "bce".
+    DataError names a task without labels.
+    """
+    rows = batch.candidate_rows
+    missing = [task for task in scores if task not in batch.labels]
+    if missing:
+        raise DataError(
+            f"the batch has no labels for {missing}; label every task of the space or drop it from the tasks"
+        )
+    if loss == "bce" or int(rows.lengths.max() if rows.num_rows else 0) < 2:
+        return {task: binary_loss(score, batch.labels[task], batch.weight) for task, score in scores.items()}
+    return {task: softmax_ranking_loss(score, batch.labels[task], rows, batch.weight) for task, score in scores.items()}
+
+
+def linear_flops(*modules: nn.Module) -> int:
+    """FLOPs of all linear maps in the modules, each applied to one row; look-ups and activations are not counted."""
+    return sum(2 * m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def dense_bytes(module: nn.Module) -> float:
+    """Bytes of all parameters that a request reads whole: those of linear maps, norms and activations, not of tables."""
+    tables = {
+        p for m in module.modules() if isinstance(m, Table | nn.Embedding | nn.EmbeddingBag) for p in m.parameters()
+    }
+    return float(sum(p.numel() * p.element_size() for p in module.parameters() if p not in tables))
