@@ -112,6 +112,7 @@ def test_without_times_every_event_is_its_own_group() -> None:
     assert (log.has_time, log.has_clock, log.time_unit) == (False, False, None)
     empty = read(shop().with_columns(timestamp=pl.lit(None, dtype=pl.Int64)), roles=Roles(timestamp="timestamp"))
     assert empty.events.equals(log.events)
+    assert "'timestamp' is empty" in empty.notes[0]
 
 
 def test_counter_is_order_and_no_clock() -> None:

@@ -127,6 +127,8 @@ def read(
     frame, side["items"], note_i = _agree(frame, side["items"], "item_id")
     frame, side["users"], note_u = _agree(frame, side["users"], "user_id")
     unit = times.unit if times is not None else None
+    if unit is None and roles.timestamp is not None:
+        notes.append(f"column {roles.timestamp!r} is empty: the log has no times.")
     if unit == "order":
         notes.append(f"column {roles.timestamp!r} holds small numbers, no clock times: used for order only.")
     log = EventLog(
