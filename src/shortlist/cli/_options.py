@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -12,95 +15,123 @@ if TYPE_CHECKING:
     from shortlist.data.log import EventLog
     from shortlist.data.roles import Roles
 
-Source = Annotated[
-    str, typer.Argument(metavar="LOG", help="Event log (CSV, Parquet, JSONL, Arrow), or a data set such as builtin.")
-]
-Items = Annotated[
-    Path | None, typer.Option(help="Table of items: an id column and fields such as title, price, category.")
-]
-Users = Annotated[Path | None, typer.Option(help="Table of users: an id column and fields.")]
-RoleFlags = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--role",
-        metavar="ROLE=COLUMN",
-        help="Which column plays a role, such as value=price*quantity; repeat for several.",
-    ),
-]
-User = Annotated[str | None, typer.Option(help="Column of the user.")]
-Item = Annotated[str | None, typer.Option(help="Column of the item.")]
-Timestamp = Annotated[str | None, typer.Option(help="Column of the time; an empty name says there is none.")]
-ActionColumn = Annotated[str | None, typer.Option("--action", help="Column of the kind of event.")]
-Basket = Annotated[str | None, typer.Option(help="Column of the basket or order: its events happened together.")]
-Label = Annotated[list[str] | None, typer.Option(help="Column that says how an event turned out; repeat for several.")]
-Separator = Annotated[str | None, typer.Option(help="Field separator of a CSV; found out where it is not given.")]
-MaxBad = Annotated[float, typer.Option(help="Share of bad rows above which reading stops.")]
-QuarantineFile = Annotated[
-    Path | None, typer.Option(help="Where bad rows are kept with their reasons (Parquet or CSV).")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME.FIELD=VALUE",
+        help="Change a setting, such as ranking.keep=50 or din.dim=64; repeat for several.",
+    ),
+]
 
 
-def open_log(
-    source: str,
-    *,
-    items: Path | None = None,
-    users: Path | None = None,
-    roles: Roles | None = None,
-    separator: str | None = None,
-    quarantine: Path | None = None,
-    max_bad: float = 0.01,
-    default_quarantine: Path | None = None,
-) -> EventLog:
-    """The log at a path, or a data set by its name; DataError or ConfigError where neither is there.
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """A log, its tables and its roles, as the command line names them. Every field is an option; `with_log` adds them to a command."""
 
-    Bad rows go to `quarantine`, else to `default_quarantine` where there are any.
-    """
-    from shortlist.data.datasets import load, names
-    from shortlist.data.log import read
-
-    if source in names() and not Path(source).exists():
-        return load(source)
-    return read(
-        Path(source),
-        items=items,
-        users=users,
-        roles=roles,
-        separator=separator,
-        quarantine=quarantine or default_quarantine,
-        max_bad_share=max_bad,
+    source: Annotated[
+        str, typer.Argument(metavar="LOG", help="Log (CSV, Parquet, JSONL, Arrow), or a data set: builtin, ml-100k ...")
+    ]
+    items: Annotated[
+        Path | None, typer.Option(help="Table of items: an id and fields such as title, price, category.")
+    ] = None
+    users: Annotated[Path | None, typer.Option(help="Table of users: an id and fields.")] = None
+    user: Annotated[str | None, typer.Option(help="Column of the user.")] = None
+    item: Annotated[str | None, typer.Option(help="Column of the item.")] = None
+    timestamp: Annotated[str | None, typer.Option(help='Column of the time; "" says that there is none.')] = None
+    action: Annotated[str | None, typer.Option(help="Column of the kind of event: view, click, buy.")] = None
+    basket: Annotated[str | None, typer.Option(help="Column of the basket or order: its events happened together.")] = (
+        None
     )
+    request: Annotated[str | None, typer.Option(help="Column of the request or page view.")] = None
+    position: Annotated[str | None, typer.Option(help="Column of the place on the page.")] = None
+    value: Annotated[str | None, typer.Option(help='Column of the worth, or a product such as "price*quantity".')] = (
+        None
+    )
+    bid: Annotated[str | None, typer.Option(help="Column of the bid.")] = None
+    query: Annotated[str | None, typer.Option(help="Column of the query text.")] = None
+    propensity: Annotated[str | None, typer.Option(help="Column of the probability with which the item was shown.")] = (
+        None
+    )
+    label: Annotated[list[str] | None, typer.Option(help="Column of an outcome; repeat for several.")] = None
+    separator: Annotated[
+        str | None, typer.Option(help="Field separator of a CSV; found out where it is not given.")
+    ] = None
+    max_bad: Annotated[float, typer.Option(help="Share of bad rows above which reading stops.")] = 0.01
+    quarantine: Annotated[
+        Path | None, typer.Option(help="Where bad rows are kept with their reasons (Parquet or CSV).")
+    ] = None
+
+    def roles(self) -> Roles | None:
+        """The roles given, None where none is."""
+        from shortlist.data.roles import Roles
+
+        names = [f.name for f in fields(Roles) if f.name != "labels"]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if not given and not self.label:
+            return None
+        return Roles(**given, labels=tuple(self.label or ()))
+
+    def open(self, default_quarantine: Path | None = None) -> EventLog:
+        """Read the log at the path, or the data set of that name. Bad rows go to `quarantine`, else to `default_quarantine`."""
+        from shortlist.data.datasets import load, names
+        from shortlist.data.log import read
+        from shortlist.errors import ConfigError
+
+        if self.source in names() and not Path(self.source).exists():
+            given = [f.name for f in fields(self) if f.name != "source" and getattr(self, f.name) != f.default]
+            if given:
+                flag = given[0].replace("_", "-")
+                raise ConfigError(
+                    f"{self.source} is a prepared data set, so --{flag} has no effect; leave it out or give a file"
+                )
+            return load(self.source)
+        return read(
+            Path(self.source),
+            items=self.items,
+            users=self.users,
+            roles=self.roles(),
+            separator=self.separator,
+            quarantine=self.quarantine or default_quarantine,
+            max_bad_share=self.max_bad,
+        )
 
 
-def roles_from(
-    flags: Sequence[str] | None,
-    *,
-    user: str | None = None,
-    item: str | None = None,
-    timestamp: str | None = None,
-    action: str | None = None,
-    basket: str | None = None,
-    labels: Sequence[str] | None = None,
-) -> Roles | None:
-    """Roles given on the command line, or None where none is; ConfigError for a role that does not exist."""
-    import dataclasses
-    import difflib
+def with_log(function: Callable[..., None]) -> Callable[..., None]:
+    """A command whose first parameter is LogOptions gets all of them as options of its own."""
+    own = [
+        p.replace(annotation=annotation)
+        for p, annotation in zip(
+            list(inspect.signature(function).parameters.values())[1:], list(_hints(function).values())[1:], strict=False
+        )
+    ]
+    hints = get_type_hints(LogOptions, include_extras=True)
+    added = [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if f.name == "source" else f.default,
+            annotation=hints[f.name],
+        )
+        for f in fields(LogOptions)
+    ]
 
-    from shortlist.data.roles import Roles
-    from shortlist.errors import ConfigError
+    @wraps(function)
+    def command(*, source: str, **values: Any) -> None:
+        names = {f.name for f in fields(LogOptions)}
+        log = LogOptions(source=source, **{n: v for n, v in values.items() if n in names})
+        function(log, **{n: v for n, v in values.items() if n not in names})
 
-    named = {"user": user, "item": item, "timestamp": timestamp, "action": action, "basket": basket}
-    given: dict[str, str | tuple[str, ...]] = {role: column for role, column in named.items() if column is not None}
-    known = [f.name for f in dataclasses.fields(Roles) if f.name != "labels"]
-    for flag in flags or []:
-        role, separator, column = flag.partition("=")
-        if not separator or role not in known:
-            near = difflib.get_close_matches(role, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"roles are {', '.join(known)}"
-            raise ConfigError(f"--role {flag}: write --role ROLE=COLUMN; {hint}")
-        given[role] = column
-    if labels:
-        given["labels"] = tuple(labels)
-    return Roles(**given) if given else None  # type: ignore[arg-type]
+    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    command.__signature__ = inspect.Signature([*added, *keyword])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*added, *keyword]}
+    del command.__wrapped__
+    return command
+
+
+def _hints(function: Callable[..., None]) -> dict[str, Any]:
+    hints = get_type_hints(function, include_extras=True)
+    return {name: hints[name] for name in inspect.signature(function).parameters}
