@@ -1,0 +1,504 @@
+"""A log made ready: catalogue, histories, held-out requests and field tables, built once and read by training and serving alike.
+
+    dataset = build_dataset(read("events.csv", items="items.csv"))
+    view = dataset.view()                       what training may see
+    dataset.split.test                          what is asked at the end
+
+N events, U users, n items.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+
+from shortlist.data.encode import EncodedEvents, column_of, encode_events, events_of
+from shortlist.data.fields import FittedField, field_table, first_rows, stacked
+from shortlist.data.histories import Histories, Int, Requests, View
+from shortlist.data.infer import CANONICAL, infer_schema
+from shortlist.data.jagged import Jagged
+from shortlist.data.log import EventLog, k_core
+from shortlist.data.schema import Categorical, Column, Field, FieldTable, Space
+from shortlist.data.schema_file import Schema
+from shortlist.data.splits import (
+    HOURS,
+    REPEAT_SHARE,
+    WEEKDAYS,
+    WINDOW_NUMBER,
+    DataConfig,
+    Plan,
+    Split,
+    Window,
+    past_requests,
+    plan_split,
+    repeat_share,
+    split_requests,
+    time_context,
+)
+from shortlist.data.vocabulary import Id, Vocabulary
+from shortlist.errors import DataError, SnapshotError
+
+_TIME_FIELDS = (Categorical(name="hour", size=HOURS), Categorical(name="weekday", size=WEEKDAYS))
+_PARTS = ("fit", "valid", "test")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dataset:
+    """All of a log as arrays. `histories` and `split` hold held-out events: training reads them through `view` alone."""
+
+    schema: Schema
+    """Fields by side with what was fitted, roles, actions."""
+    space: Space
+    """What systems know before training: fitted on events before the fit window."""
+    item_ids: Vocabulary
+    """Row of every item of the log and of the items table."""
+    user_ids: Vocabulary
+    """Row of every user of the log; users with training events come first."""
+    all_users: FieldTable
+    """User fields of rows 0..U, also of users that training does not know."""
+    histories: Histories
+    """ALL events."""
+    split: Split
+    """Held-out requests; they point into `histories`."""
+    plan: Plan
+    """What each event is for."""
+    event_context: Mapping[str, NDArray[np.generic]]
+    """Columns [N] declared as known before the event, encoded."""
+    titles: list[str] | None
+    """Text to show each item by, per row, "" for row 0; None where the log has no titles."""
+    repeats: bool
+    """True where items already seen may be shown again."""
+    config: DataConfig
+    """As built, "auto" settings unresolved."""
+
+    @property
+    def users(self) -> FieldTable:
+        """User fields of rows 0..`space.num_users`: anyone later is the unknown user to a system trained on view("fit")."""
+        return first_rows(self.all_users, self.space.num_users + 1)
+
+    @property
+    def num_items(self) -> int:
+        """n: items of the catalogue."""
+        return self.space.num_items
+
+    def view(self, window: Window = "fit") -> View:
+        """Events before the window starts, with the users and items known by then; "end" = all events.
+
+        Rows and field vocabularies are the same in all views; only `num_users` and `known_items` grow.
+        """
+        if window not in WINDOW_NUMBER:
+            raise DataError(f"there is no window {window!r}; choose from {', '.join(WINDOW_NUMBER)}")
+        seen = self._seen(window)
+        kept = self.histories.keep(seen)
+        num_users = int(np.count_nonzero(np.diff(kept.offsets)))
+        histories = replace(kept, offsets=kept.offsets[: num_users + 2])
+        known = torch.zeros(self.num_items + 1, dtype=torch.bool)
+        known[torch.from_numpy(np.unique(histories.item))] = True
+        return View(
+            histories=histories,
+            space=replace(self.space, known_items=known, num_users=num_users),
+            users=first_rows(self.all_users, num_users + 1),
+            now=self.plan.now[window],
+            repeats=self.repeats,
+        )
+
+    def past_requests(
+        self, window: Window = "fit", *, min_history: int = 0, max_per_user: int | None = None, seed: int = 0
+    ) -> Requests:
+        """Every group of view(window) as a request with all its context; the requests point into that view's histories."""
+        seen = self._seen(window)
+        return past_requests(
+            self.histories.keep(seen),
+            min_history=min_history,
+            max_per_user=max_per_user,
+            seed=seed,
+            repeats=self.repeats,
+            context={name: column[seen] for name, column in self.event_context.items()},
+        )
+
+    def requests_for(
+        self,
+        users: Sequence[Id | None],
+        *,
+        at: int | Sequence[int] | Int | None = None,
+        histories: Histories | None = None,
+        context: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[Histories, Requests]:
+        """Requests without targets, for serving: B users, each with what is known of them at the moment `at`.
+
+        Args:
+            users: [B] ids; unknown ones are row 0.
+            at: seconds, one or [B]; later events are not read. None = one second after each history's last event.
+            histories: user row i + 1 = the past of users[i], made with `sort_events`; None = what the log says.
+            context: raw values [B] of declared context columns; missing ones are unknown.
+
+        Returns: the histories that the requests point into, and B requests.
+        """
+        rows = self.user_ids.encode(users)
+        past = self._pasts(rows) if histories is None else histories
+        if past.num_users != len(rows):
+            raise DataError(
+                f"{len(rows)} users were asked for, histories of {past.num_users} were given; give one history per user"
+            )
+        start, end = past.offsets[1:-1], past.offsets[2:]
+        last = np.where(
+            end > start, past.time[np.maximum(end - 1, 0)] if past.num_events else 0, self.plan.now["end"] - 1
+        )
+        time = last + 1 if at is None else np.broadcast_to(np.asarray(at, dtype=np.int64), (len(rows),)).copy()
+        if self.space.has_clock:
+            early = past.time <= np.repeat(time, end - start)
+            end = start + np.bincount(past.user_of_event[early] - 1, minlength=len(rows))
+        else:
+            # Without a clock a moment is a place in the user's order: all that was given has happened.
+            time = last + 1
+        requests = Requests(
+            user=rows,
+            time=time,
+            start=start,
+            end=end,
+            target_offsets=np.zeros(len(rows) + 1, dtype=np.int64),
+            target=np.zeros(0, dtype=np.int64),
+            target_value=np.zeros(0, dtype=np.float32),
+            context={**time_context(time), **self._context(context or {}, len(rows))},
+        )
+        return past, requests
+
+    def action_ids(self, actions: Sequence[str | None]) -> Int:
+        """int64 [n] action ids; 0 for actions that training has not seen."""
+        number = {name: i for i, name in enumerate(self.space.actions, start=1)}
+        return np.array([number.get(name or "", 0) for name in actions], dtype=np.int64)
+
+    def with_items(self, frame: pl.DataFrame) -> Dataset:
+        """The same with the new items of `frame` (`item_id` and any of the item columns) at the end of the catalogue, as not known.
+
+        Items that the catalogue has already stay as they are. DataError where `item_id` is missing or repeated.
+        """
+        if "item_id" not in frame.columns:
+            raise DataError(f"new items need a column 'item_id'; found {', '.join(frame.columns)}")
+        if frame["item_id"].null_count() or frame["item_id"].n_unique() != frame.height:
+            raise DataError("new items: every row needs its own 'item_id'; some are missing or repeated")
+        item_ids = self.item_ids.extended(frame["item_id"], seed=self.config.seed)
+        num_new = len(item_ids) - len(self.item_ids)
+        if not num_new:
+            return self
+        row = item_ids.encode(frame["item_id"])
+        fresh = frame.with_columns(row=pl.Series(row)).filter(pl.col("row") > len(self.item_ids)).sort("row")
+        fitted = self.schema.of("item")
+        absent = {f.column for f in fitted} - set(fresh.columns)
+        fresh = fresh.with_columns(pl.lit(None).alias(column) for column in sorted(absent))
+        items = stacked(self.space.items, field_table(fitted, fresh))
+        known = torch.cat([self.space.known_items, torch.zeros(num_new, dtype=torch.bool)])
+        titles = self.titles
+        if titles is not None:
+            shown = (
+                fresh[self.schema.title]
+                if self.schema.title in fresh.columns
+                else pl.Series([None] * num_new, dtype=pl.String)
+            )
+            titles = titles + shown.cast(pl.String).fill_null("").to_list()
+        return replace(
+            self, item_ids=item_ids, titles=titles, space=replace(self.space, items=items, known_items=known)
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write to `folder`, beside it first and renamed when complete: TOML, JSON, Parquet, safetensors and npy."""
+        part = folder.with_name(f"{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _write(self, part)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> Dataset:
+        """From a folder of `save`, histories memory-mapped. SnapshotError names a missing or damaged file, DataError a wrong field."""
+        return _read(folder)
+
+    def _seen(self, window: Window) -> NDArray[np.bool_]:
+        return self.plan.window_of_event < WINDOW_NUMBER[window]
+
+    def _pasts(self, rows: Int) -> Histories:
+        """The log's events of the users [B] as histories of B users; none for row 0."""
+        index = events_of(self.histories, rows)
+        lengths = np.diff(self.histories.offsets)[rows]
+        arrays = {f.name: getattr(self.histories, f.name)[index] for f in fields(Histories) if f.name != "offsets"}
+        return Histories(offsets=np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64), **arrays)
+
+    def _context(self, given: Mapping[str, Sequence[Any]], num_rows: int) -> dict[str, NDArray[np.generic]]:
+        declared = {f.column: f for f in self.schema.of("context")}
+        for name in given:
+            if name not in declared:
+                raise DataError(f"{name!r} is no context field; this dataset has {', '.join(declared) or 'none'}")
+        columns = {}
+        for name, f in declared.items():
+            values = pl.Series(name, given.get(name, [None] * num_rows), strict=False)
+            if len(values) != num_rows:
+                raise DataError(f"context {name!r} has {len(values)} values for {num_rows} requests; give one each")
+            columns[f.name] = _array(f.encode(values))
+        return columns
+
+
+# -- build --------------------------------------------------------------------------------------------------------
+
+
+def build_dataset(log: EventLog, config: DataConfig | None = None) -> Dataset:
+    """Cut, number, fit and encode a log. Everything that is learned is learned from events before the fit window.
+
+    Raises DataError where a part of the split would be empty, or a column or action named in the config does not exist.
+    """
+    config = config or DataConfig()
+    _check(log, config)
+    if config.kcore:
+        log = k_core(log, config.kcore)
+    used = config
+    if config.protocol == "time" and not log.has_clock:
+        used = replace(config, protocol="last-group")
+    tables = [frame["item_id"] for frame in (log.events, log.items) if frame is not None]
+    item_ids = Vocabulary.build(*tables, seed=config.seed)
+    user_ids = Vocabulary.build(log.events["user_id"], seed=config.seed)
+    events = encode_events(
+        log, item_ids, user_ids, single=used.protocol == "leave-last-out-as-published", seed=config.seed
+    )
+    plan = plan_split(events.histories, used, _targets(events, config), order_known=log.has_time)
+    user_ids, events, plan = _known_users_first(user_ids, events, plan)
+
+    training = plan.window_of_event == 0
+    num_users = int(np.count_nonzero(np.diff(events.histories.keep(training).offsets)))
+    known_items = np.zeros(len(item_ids) + 1, dtype=bool)
+    known_items[events.histories.item[training]] = True
+    schema, item_frame, user_frame = infer_schema(
+        log, config.context, events, training, item_ids, user_ids, known_items, num_users
+    )
+    actions = _training_actions(events, training)
+    histories = replace(events.histories, action=actions.row_of[events.histories.action])
+    schema = replace(schema, actions=actions.names)
+
+    event_context = {
+        f.name: _array(f.encode(column_of(log.events, f.column, events.row))) for f in schema.of("context")
+    }
+    repeats = (
+        repeat_share(histories.keep(training)) > REPEAT_SHARE if config.repeats == "auto" else config.repeats == "yes"
+    )
+    split = split_requests(
+        histories, plan, used, is_target=_targets(events, config), repeats=repeats, context=event_context
+    )
+    if used is not config:
+        split = replace(split, note=f"The log has no clock, so it can not be split by time. {split.note}")
+    space = Space(
+        items=field_table(schema.of("item"), item_frame),
+        known_items=torch.from_numpy(known_items),
+        num_users=num_users,
+        user_fields=tuple(f.field for f in schema.of("user")),
+        context_fields=_context_fields(schema),
+        actions=actions.names,
+        has_clock=log.has_clock,
+    )
+    titles = None
+    if schema.title is not None:
+        titles = ["", *item_frame[schema.title].cast(pl.String).fill_null("").to_list()]
+    return Dataset(
+        schema=schema,
+        space=space,
+        item_ids=item_ids,
+        user_ids=user_ids,
+        all_users=field_table(schema.of("user"), user_frame),
+        histories=histories,
+        split=split,
+        plan=plan,
+        event_context=event_context,
+        titles=titles,
+        repeats=repeats,
+        config=config,
+    )
+
+
+def _check(log: EventLog, config: DataConfig) -> None:
+    for name in config.context:
+        if name not in log.events.columns or name in CANONICAL - {"query", "position", "bid"}:
+            others = [column for column in log.events.columns if column not in CANONICAL]
+            raise DataError(
+                f"context column {name!r} is not among the columns of the events: {', '.join(others) or 'none'}"
+            )
+    if config.target_actions:
+        actions = log.events["action"].unique().to_list()
+        for action in config.target_actions:
+            if action not in actions:
+                raise DataError(
+                    f"target action {action!r} does not occur in the log; its actions are {', '.join(sorted(actions))}"
+                )
+
+
+def _targets(events: EncodedEvents, config: DataConfig) -> NDArray[np.bool_]:
+    """[N]: events whose action is worth predicting. `events` has the action ids of the whole log."""
+    if not config.target_actions:
+        return np.ones(events.histories.num_events, dtype=bool)
+    wanted = [i for i, name in enumerate(events.actions, start=1) if name in config.target_actions]
+    return np.isin(events.histories.action, wanted)
+
+
+def _known_users_first(users: Vocabulary, events: EncodedEvents, plan: Plan) -> tuple[Vocabulary, EncodedEvents, Plan]:
+    """Number the users anew: those of the training events first, then those the fit window adds, and so on."""
+    offsets = events.histories.offsets
+    # Windows never fall within a user, so the first event tells when the user becomes known.
+    known_from = plan.window_of_event[offsets[1:-1]]
+    rows = np.argsort(known_from, kind="stable") + 1
+    order = events_of(events.histories, rows)
+    moved = replace(plan, window_of_event=plan.window_of_event[order], request_of_event=plan.request_of_event[order])
+    return users.reordered(rows), events.reordered(rows), moved
+
+
+@dataclass(frozen=True, slots=True)
+class _Actions:
+    names: tuple[str, ...]
+    row_of: Int
+    """New id of each old one; 0 for actions without training events."""
+
+
+def _training_actions(events: EncodedEvents, training: NDArray[np.bool_]) -> _Actions:
+    occurs = np.bincount(events.histories.action[training], minlength=len(events.actions) + 1) > 0
+    occurs[0] = False
+    names = tuple(name for name, seen in zip(events.actions, occurs[1:]) if seen)
+    return _Actions(names, np.where(occurs, np.cumsum(occurs), 0).astype(np.int64))
+
+
+def _context_fields(schema: Schema) -> tuple[Field, ...]:
+    declared = tuple(f.field for f in schema.of("context"))
+    names = {f.name for f in declared}
+    clock = tuple(f for f in _TIME_FIELDS if f.name not in names) if schema.has_clock else ()
+    return (*clock, *declared)
+
+
+def _array(column: Column) -> NDArray[np.generic]:
+    if isinstance(column, Jagged):
+        raise DataError("a ragged column can not be context")
+    array: NDArray[np.generic] = column.numpy()
+    return array
+
+
+# -- save and load ------------------------------------------------------------------------------------------------
+
+
+def _write(dataset: Dataset, folder: Path) -> None:
+    dataset.schema.save(folder)
+    dataset.item_ids.save(folder / "items.parquet")
+    dataset.user_ids.save(folder / "users.parquet")
+    dataset.histories.save(folder / "histories")
+    for name, table in (("item_fields", dataset.space.items), ("user_fields", dataset.all_users)):
+        save_arrays(_table_arrays(table), folder / f"{name}.safetensors")
+    for part in _PARTS:
+        save_arrays(_request_arrays(getattr(dataset.split, part)), folder / f"{part}.safetensors")
+    events = {"window": dataset.plan.window_of_event, "request": dataset.plan.request_of_event}
+    events |= {f"context.{name}": np.ascontiguousarray(column) for name, column in dataset.event_context.items()}
+    save_arrays({**events, "known_items": dataset.space.known_items.numpy()}, folder / "events.safetensors")
+    if dataset.titles is not None:
+        pl.DataFrame({"title": dataset.titles}).write_parquet(folder / "titles.parquet")
+    about = {
+        "config": asdict(dataset.config),
+        "repeats": dataset.repeats,
+        "num_users": dataset.space.num_users,
+        "split": {"protocol": dataset.split.protocol, "note": dataset.split.note},
+        "plan": {"now": dict(dataset.plan.now), "note": dataset.plan.note},
+    }
+    (folder / "dataset.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def _read(folder: Path) -> Dataset:
+    schema = Schema.load(folder)
+    path = folder / "dataset.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        settings = {**about["config"], **{key: tuple(about["config"][key]) for key in ("target_actions", "context")}}
+        config = DataConfig(**settings)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SnapshotError(f"{path} is missing or damaged ({error!r}); restore the snapshot or train again") from error
+    events = _arrays(folder / "events.safetensors")
+    items = _table(schema.of("item"), _arrays(folder / "item_fields.safetensors"))
+    users = _table(schema.of("user"), _arrays(folder / "user_fields.safetensors"))
+    schema.check("item", items)
+    schema.check("user", users)
+    space = Space(
+        items=items,
+        known_items=torch.from_numpy(events["known_items"]),
+        num_users=about["num_users"],
+        user_fields=tuple(f.field for f in schema.of("user")),
+        context_fields=_context_fields(schema),
+        actions=schema.actions,
+        has_clock=schema.has_clock,
+    )
+    titles_path = folder / "titles.parquet"
+    try:
+        titles = pl.read_parquet(titles_path)["title"].to_list() if schema.title is not None else None
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise SnapshotError(
+            f"{titles_path} is missing or damaged ({error}); restore the snapshot or train again"
+        ) from error
+    parts = {part: _requests(_arrays(folder / f"{part}.safetensors")) for part in _PARTS}
+    return Dataset(
+        schema=schema,
+        space=space,
+        item_ids=Vocabulary.load(folder / "items.parquet"),
+        user_ids=Vocabulary.load(folder / "users.parquet"),
+        all_users=users,
+        histories=Histories.load(folder / "histories"),
+        split=Split(protocol=about["split"]["protocol"], note=about["split"]["note"], **parts),
+        plan=Plan(window_of_event=events["window"], request_of_event=events["request"], **about["plan"]),
+        event_context={name.removeprefix("context."): a for name, a in events.items() if name.startswith("context.")},
+        titles=titles,
+        repeats=about["repeats"],
+        config=config,
+    )
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        arrays: dict[str, NDArray[Any]] = load_arrays(path)
+        return arrays
+    except (OSError, SafetensorError) as error:
+        raise SnapshotError(f"{path} is missing or damaged ({error}); restore the snapshot or train again") from error
+
+
+def _table_arrays(table: FieldTable) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {"num_rows": np.array([table.num_rows])}
+    for name, column in table.columns.items():
+        if isinstance(column, Jagged):
+            arrays |= {f"values.{name}": column.values.numpy(), f"offsets.{name}": column.offsets.numpy()}
+        else:
+            arrays[f"dense.{name}"] = column.numpy()
+    return arrays
+
+
+def _table(fitted: tuple[FittedField, ...], arrays: Mapping[str, NDArray[Any]]) -> FieldTable:
+    columns: dict[str, Column] = {}
+    for f in fitted:
+        if f"dense.{f.name}" in arrays:
+            columns[f.name] = torch.from_numpy(arrays[f"dense.{f.name}"])
+        elif f"values.{f.name}" in arrays:
+            columns[f.name] = Jagged(*(torch.from_numpy(arrays[f"{kind}.{f.name}"]) for kind in ("values", "offsets")))
+        else:
+            raise DataError(
+                f"field {f.name!r} of the {f.side} side stands in the schema but not in the table; encode the log again"
+            )
+    return FieldTable(int(arrays["num_rows"][0]), tuple(f.field for f in fitted), columns)
+
+
+def _request_arrays(requests: Requests) -> dict[str, NDArray[Any]]:
+    arrays = {f.name: np.ascontiguousarray(getattr(requests, f.name)) for f in fields(Requests) if f.name != "context"}
+    return arrays | {f"context.{name}": np.ascontiguousarray(column) for name, column in requests.context.items()}
+
+
+def _requests(arrays: Mapping[str, NDArray[Any]]) -> Requests:
+    context = {name.removeprefix("context."): a for name, a in arrays.items() if name.startswith("context.")}
+    return Requests(**{name: a for name, a in arrays.items() if not name.startswith("context.")}, context=context)
