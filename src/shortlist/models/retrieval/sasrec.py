@@ -1,0 +1,308 @@
+"""SASRec: causal self-attention over a user's sequence of items (Kang & McAuley, ICDM 2018), with its later losses.
+
+Full softmax ("SASRec+") and sampled softmax: Klenitskiy & Vasilev, RecSys 2023, and the baselines of HSTU; gBCE ("gSASRec"): Petrov &
+Macdonald, RecSys 2023.
+
+B users, total = all history events of the batch end to end, P supervised positions, T their targets end to end, n items (matrices have
+n + 1 rows), D width, k negatives.
+
+Differences from the 2018 paper, each a setting or measured:
+- the block is pre-layer-norm unless `block="original"`, the loss a full softmax unless `loss="bce"`;
+- only positions that end a group are supervised, by all items of the next group, so nothing is learned from the order in a basket;
+- item fields, where the log has them, are added to the item's vector, so that items without events can be found;
+- a user without known history gets the ranking by popularity, through one extra column of the vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shortlist.data.batches import Batch, NextTargets
+from shortlist.data.histories import View
+from shortlist.data.jagged import Jagged
+from shortlist.data.samplers import UniformSampler, draw_outside
+from shortlist.data.schema import Space
+from shortlist.embeddings.base import TableChoice
+from shortlist.errors import ConfigError
+from shortlist.layers.attention import CausalSelfAttention, LengthClasses, attention_flops
+from shortlist.layers.fields import ItemEncoder
+from shortlist.layers.losses import (
+    bce_loss,
+    full_softmax_loss,
+    gbce_beta,
+    gbce_loss,
+    hide_hits,
+    negative_scores,
+    sampled_softmax_loss,
+    target_scores,
+    unit,
+)
+from shortlist.layers.towers import MLP
+from shortlist.models.base import Cost, Losses, RequestShape, VectorRetriever
+from shortlist.registry import system
+
+Block = Literal["pre-ln", "original"]
+SequenceLoss = Literal["full_softmax", "sampled_softmax", "gbce", "bce_k", "bce"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SASRecConfig:
+    """Settings of SASRec; the defaults are those of "SASRec+" in the pre-layer-norm form."""
+
+    dim: int = 64
+    """Width D of item vectors and of the whole network."""
+    max_history: int = 200
+    """Newest events read per user."""
+    num_blocks: int = 2
+    """Attention blocks."""
+    num_heads: int = 1
+    """Attention heads; divides dim."""
+    dropout: float = 0.2
+    """Share dropped of embeddings, block outputs and hidden units, in training; 0.2 for dense logs, 0.5 for sparse ones."""
+    attention_dropout: float | None = None
+    """Share of attention weights dropped; None = none in the pre-ln block, `dropout` in the original one. Slow on CPU."""
+    block: Block = "pre-ln"
+    """pre-ln: X + MHA(LN X), then X + FFN(LN X). original: queries and residual normalised, keys and values not, no output map."""
+    loss: SequenceLoss = "full_softmax"
+    """full_softmax over all items; sampled_softmax, gbce and bce_k against `num_negatives`; bce as in the 2018 paper: one negative of
+    its own per position, none of the user's training items. Above some 100,000 items a sampled loss is the affordable one."""
+    num_negatives: int = 256
+    """Negatives k of the sampled losses, uniform over the items; bce always takes one."""
+    negatives: Literal["shared", "own"] = "shared"
+    """shared: one draw of distinct items per step serves all positions. own: each position draws for itself, P * k * D numbers."""
+    normalise: bool = False
+    """Score by cosine instead of inner product; wants a temperature of about 0.05."""
+    temperature: float = 1.0
+    """Scores are divided by it, in training and serving."""
+    gbce_t: float = 0.75
+    """Calibration t of gBCE: 0 = plain BCE, 1 = calibrated probabilities."""
+    use_fields: bool = True
+    """Add item fields to the item's vector; False is the paper's model."""
+    id_dropout: float = 0.1
+    """Share of item ids hidden in training where there are fields, so that the fields can stand for an item without events."""
+    init_std: float = 0.02
+    """Standard deviation of all initial weights; N(0, 1) tables saturate the sigmoid of the BCE losses."""
+    table: TableChoice = field(default_factory=TableChoice)
+    """Table of the item ids; a sparse one excludes full_softmax, which touches every row."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "max_history", "num_blocks", "num_heads", "num_negatives"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"sasrec: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dropout", "attention_dropout", "id_dropout"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise ConfigError(f"sasrec: {name} must be from 0 to below 1, got {getattr(self, name)}")
+        if self.dim % self.num_heads:
+            raise ConfigError(f"sasrec: num_heads must divide dim, got {self.num_heads} heads and dim {self.dim}")
+        if self.temperature <= 0 or self.init_std <= 0:
+            raise ConfigError(
+                f"sasrec: temperature and init_std must be above 0, got {self.temperature} and {self.init_std}"
+            )
+        if self.table.sparse and self.loss == "full_softmax":
+            raise ConfigError(
+                "sasrec: a full softmax touches every row of the table; use a sampled loss or sparse = false"
+            )
+
+
+class PreNormBlock(nn.Module):
+    """X = X + MHA(LN X); X = X + FFN(LN X), dropout on both branches."""
+
+    def __init__(self, config: SASRecConfig) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(config.dim)
+        self.attention = CausalSelfAttention(config.dim, config.num_heads, dropout=config.attention_dropout or 0.0)
+        self.norm_ffn = nn.LayerNorm(config.dim)
+        self.ffn = MLP(config.dim, (config.dim,), config.dim, dropout=config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_TD: Tensor, classes: LengthClasses) -> Tensor:
+        """float [total, D]."""
+        normed_TD = self.norm_attention(x_TD)
+        x_TD = x_TD + self.dropout(self.attention(normed_TD, normed_TD, classes))
+        return x_TD + self.dropout(self.ffn(self.norm_ffn(x_TD)))
+
+
+class OriginalBlock(nn.Module):
+    """The authors' code: Q = LN X; X' = Q + MHA(query Q, key X, value X), no output map; Y = LN X'; X = Y + FFN(Y)."""
+
+    def __init__(self, config: SASRecConfig) -> None:
+        super().__init__()
+        rate = config.dropout if config.attention_dropout is None else config.attention_dropout
+        self.norm_query = nn.LayerNorm(config.dim)
+        self.attention = CausalSelfAttention(config.dim, config.num_heads, dropout=rate, output_map=False)
+        self.norm_ffn = nn.LayerNorm(config.dim)
+        self.ffn = MLP(config.dim, (config.dim,), config.dim, dropout=config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_TD: Tensor, classes: LengthClasses) -> Tensor:
+        """float [total, D]."""
+        query_TD = self.norm_query(x_TD)
+        y_TD = self.norm_ffn(query_TD + self.attention(query_TD, x_TD, classes))
+        return y_TD + self.dropout(self.ffn(y_TD))
+
+
+@system(
+    "sasrec",
+    stage="retrieval",
+    paper="Kang & McAuley, ICDM 2018",
+    needs={"order", "history"},
+    cold_users=True,
+    cold_items=True,
+    tiny={"dim": 8, "max_history": 10, "num_blocks": 1, "dropout": 0.0},
+)
+class SASRec(VectorRetriever):
+    """Self-attention over the user's sequence; the last position's vector asks for the next item."""
+
+    Config = SASRecConfig
+    feed = "next_event"
+    config: SASRecConfig
+    log_popularity_N: Tensor
+    candidates_N: Tensor
+
+    def __init__(self, config: SASRecConfig, space: Space) -> None:
+        super().__init__(config, space)
+        self.max_history = config.max_history
+        self.items = ItemEncoder(
+            space, config.dim, id_dropout=config.id_dropout, use_fields=config.use_fields, table=config.table
+        )
+        if not self.items.num_fields:
+            self.items.id_dropout = 0.0  # a hidden id would leave nothing to learn from
+        self.positions = nn.Embedding(config.max_history, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        block = PreNormBlock if config.block == "pre-ln" else OriginalBlock
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_blocks))
+        self.norm = nn.LayerNorm(config.dim)
+        self._initialise()
+        # Items with fields are judged by them; without fields an item that never sold is a negative like any other.
+        is_candidate_N = space.known_items.clone() if self.items.num_fields else torch.ones_like(space.known_items)
+        is_candidate_N[0] = False
+        self.register_buffer("candidates_N", is_candidate_N, persistent=False)
+        self.register_buffer("log_popularity_N", torch.zeros(space.num_items + 1))
+
+    def _initialise(self) -> None:
+        """Normal weights and zero biases; the id table and the fields have set themselves."""
+        for module in [self.positions, *self.blocks.modules()]:
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.init_std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def prepare(self, view: View) -> None:
+        """Count items, for users without history."""
+        counts = np.bincount(view.histories.item, minlength=self.space.num_items + 1)
+        log_popularity_N = torch.from_numpy(np.log1p(counts)).float()
+        self.buffer("log_popularity_N", log_popularity_N.to(self.space_device()))
+
+    def losses(self, batch: Batch) -> Losses:
+        """{"next": loss} of a next-event batch; 0 where no position is supervised."""
+        targets = batch.targets
+        if targets is None:
+            raise ValueError("sasrec learns from next-event batches; this one has no targets")
+        if self.config.loss == "full_softmax":
+            items_ND = self.items.all()
+            query_PD = self._query(batch.history.items, nn.functional.embedding(batch.history.items.values, items_ND))
+            loss = full_softmax_loss(
+                self._scaled(query_PD[targets.position]),
+                self._normed(items_ND),
+                targets.items,
+                targets.weight,
+                allowed_N=self.candidates_N,
+            )
+        else:
+            query_TD = self._query(batch.history.items, self.items(batch.history.items.values))
+            loss = self._sampled_loss(self._scaled(query_TD[targets.position]), batch.history.items, targets)
+        return {"next": loss}
+
+    def _sampled_loss(self, query_PD: Tensor, history: Jagged, targets: NextTargets) -> Tensor:
+        config, items = self.config, targets.items
+        sampler = UniformSampler.of_mask(self.candidates_N)
+        if config.loss == "bce":
+            own_items, owner_P = _items_of_users(history, targets)
+            negatives = draw_outside(sampler, own_items, owner_P, 1)
+        elif config.negatives == "own":
+            negatives = sampler.draw((items.num_rows, config.num_negatives))
+        else:
+            negatives = sampler.draw_distinct(config.num_negatives)
+        positive_T = target_scores(query_PD, self._normed(self.items(items.values)), items)
+        negative_Pk = negative_scores(query_PD, self._normed(self.items(negatives)))
+        negative_Pk = hide_hits(negative_Pk, negatives, items)
+        match config.loss:
+            case "sampled_softmax":
+                return sampled_softmax_loss(positive_T, negative_Pk, items, targets.weight)
+            case "gbce":
+                beta = gbce_beta(negatives.shape[-1], len(sampler.rows), config.gbce_t)
+                return gbce_loss(positive_T, negative_Pk, items, targets.weight, beta=beta)
+            case "bce" | "bce_k":
+                return bce_loss(positive_T, negative_Pk, items, targets.weight)
+        raise ConfigError(f"sasrec: no loss named {config.loss!r}")
+
+    def _query(self, rows: Jagged, item_TD: Tensor) -> Tensor:
+        """float [total, D]: what each position asks for, from it and the positions before it.
+
+        Positions count from the newest event backwards, so that the last one, which serving reads, always has the same one, and
+        so that padding on either side could not matter.
+        """
+        from_end_T = rows.lengths.repeat_interleave(rows.lengths) - 1 - rows.position_of_value
+        place_TD = self.positions(from_end_T.clamp(max=self.max_history - 1))
+        x_TD = self.dropout(item_TD * self.config.dim**0.5 + place_TD)
+        classes = LengthClasses.of(rows)
+        for block in self.blocks:
+            x_TD = block(x_TD, classes)
+        return self.norm(x_TD)
+
+    def _scaled(self, query_PD: Tensor) -> Tensor:
+        return (unit(query_PD) if self.config.normalise else query_PD) / self.config.temperature
+
+    def _normed(self, items_D: Tensor) -> Tensor:
+        return unit(items_D) if self.config.normalise else items_D
+
+    def encode_user(self, batch: Batch) -> Tensor:
+        """float32 [B, D + 1]: the last position's vector and 0; for users without a known event zeros and 1 (popularity)."""
+        rows = self._readable(batch.history.items).last(self.max_history)
+        query_TD = self._scaled(self._query(rows, self.items(rows.values)))
+        has_history_B = rows.lengths > 0
+        user_BD = query_TD.new_zeros(rows.num_rows, self.config.dim + 1)
+        user_BD[has_history_B, :-1] = query_TD[rows.offsets[1:][has_history_B] - 1]
+        user_BD[:, -1] = (~has_history_B).to(user_BD.dtype)
+        return user_BD.float()
+
+    def encode_items(self, rows: Tensor) -> Tensor:
+        """float32 [n, D + 1]: the item's vector and the log of its popularity, which only users without history read."""
+        return torch.cat([self._normed(self.items(rows)), self.log_popularity_N[rows, None]], dim=1).float()
+
+    def _readable(self, rows: Jagged) -> Jagged:
+        """Without events that say nothing: unknown items, and items without training events where no field describes them."""
+        known = rows.values > 0 if self.items.num_fields else self.items.known_items[rows.values]
+        if bool(known.all()):
+            return rows
+        kept_B = torch.zeros(rows.num_rows, dtype=torch.int64, device=rows.offsets.device)
+        kept_B.index_add_(0, rows.row_of_value, known.long())
+        return Jagged.from_lengths(rows.values[known], kept_B)
+
+    def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
+        """Blocks over the history once, then one inner product per item; layer norms and look-ups are not counted."""
+        config = self.config
+        length = min(shape.num_history, config.max_history)
+        attention = attention_flops(length, config.dim, output_map=config.block == "pre-ln")
+        block = attention + 2 * length * config.dim * config.dim * 2
+        fields = 2 * length * self.items.num_fields * config.dim * config.dim
+        weights = sum(p.numel() for p in self.blocks.parameters())
+        return Cost(
+            user_flops=0.0 if cached else config.num_blocks * block + fields,
+            item_flops=2.0 * (config.dim + 1),
+            bytes=4.0 * (0 if cached else weights + length * config.dim) + 4.0 * shape.num_items * (config.dim + 1),
+        )
+
+
+def _items_of_users(history: Jagged, targets: NextTargets) -> tuple[Jagged, Tensor]:
+    """All items of each user in a training batch, inputs and targets, and the user [P] of each supervised position."""
+    user_P = history.row_of_value[targets.position]
+    user = torch.cat([history.row_of_value, user_P[targets.items.row_of_value]])
+    order = user.argsort(stable=True)
+    values = torch.cat([history.values, targets.items.values])[order]
+    return Jagged.from_lengths(values, torch.bincount(user, minlength=history.num_rows)), user_P
