@@ -281,6 +281,13 @@ def test_nothing_to_read_is_refused(source: pl.DataFrame, message: str) -> None:
         read(source)
 
 
+def test_unclear_columns_are_told_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"t\.csv: no column looks like the user; the log has colour"):
+        read(save(pl.DataFrame({"colour": ["red"], "size": ["l"]}), tmp_path / "t.csv"))
+    with pytest.raises(DataError, match=r"DataFrame: column 'when'.*--timestamp"):
+        read(pl.DataFrame({"user_id": [1], "item_id": [2], "when": ["soon"]}), roles=Roles(timestamp="when"))
+
+
 def test_large_log_is_read_whole(tmp_path: Path) -> None:
     source = pl.concat([shop(1000, seed) for seed in range(100)])
     log = read(save(source, tmp_path / "t.csv"))

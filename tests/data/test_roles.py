@@ -85,6 +85,14 @@ def test_empty_text_switches_a_guess_off() -> None:
     )
 
 
+def test_user_and_item_cannot_be_switched_off() -> None:
+    assert guess(Roles(user="", item=""), user_id=1, item_id=3) == Roles(user="user_id", item="item_id")
+
+
+def test_a_product_may_be_written_with_spaces() -> None:
+    assert guess(Roles(value="price * n"), user_id=1, item_id=3, price=2.0, n=3).value == "price*n"
+
+
 def test_values_decide_whether_a_column_is_a_time() -> None:
     assert guess(user_id=1, item_id=2, date="blue").timestamp is None
     assert guess(user_id=1, item_id=2, time=12.5).timestamp is None

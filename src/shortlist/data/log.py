@@ -111,8 +111,11 @@ def read(
     table = load_table(events, separator=separator)
     if table.frame.height == 0 and table.bad.height == 0:
         raise DataError(f"{table.name}: no rows; the log is empty.")
-    roles = guess_roles(table.frame.schema, table.frame.head(_SAMPLE_ROWS), roles)
-    frame, times, bad = _canonical_events(table, roles)
+    try:
+        roles = guess_roles(table.frame.schema, table.frame.head(_SAMPLE_ROWS), roles)
+        frame, times, bad = _canonical_events(table, roles)
+    except DataError as error:
+        raise DataError(f"{table.name}: {error}") from error
     tables = [("events", table, bad, frame.height)]
     notes = list(table.notes)
     side: dict[str, pl.DataFrame | None] = {"items": None, "users": None}

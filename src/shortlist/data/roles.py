@@ -98,7 +98,7 @@ _PRICES = ("price", "unitprice", "itemprice")
 _QUANTITIES = ("quantity", "qty", "count", "units")
 _LABELS = _words(
     "label rating ratings stars overall click clicks clicked isclick isclicked purchase purchased ispurchase conversion converted "
-    "isconversion like liked islike isliked follow share comment favorite installed attributed longview watchratio watchtime "
+    "isconversion like liked islike isliked follow share comment favorite installed attributed isattributed longview watchratio watchtime "
     "dwelltime playtime playingtime relevance grade target"
 )
 
@@ -110,12 +110,14 @@ def guess_roles(columns: Mapping[str, pl.DataType], sample: pl.DataFrame, given:
     timestamp equally well, or when a column named in `given` does not exist.
     """
     given = given or Roles()
+    if given.value and given.value not in columns:
+        given = dataclasses.replace(given, value="*".join(factor.strip() for factor in given.value.split("*")))
     _check_exist(given, columns)
     taken = given.columns() | set(given.labels)
     found: dict[str, str | None] = {}
     for role in ("user", "item", "timestamp", "basket", "request", "query", "bid", "propensity", "position", "action"):
         chosen = getattr(given, role)
-        if chosen is None:
+        if chosen is None or (not chosen and role in ("user", "item")):  # these two cannot be switched off
             chosen = best_column(role, columns, sample, taken)
         found[role] = chosen or None
         taken |= {chosen} if chosen else set()
@@ -203,7 +205,7 @@ def best_column(role: str, columns: Mapping[str, pl.DataType], sample: pl.DataFr
 def _score(role: str, name: str, dtype: pl.DataType) -> tuple[int, int] | None:
     """(tier, form), smaller is better; None when the name does not fit the role."""
     if role == "user":
-        return _id_score(name, ("user",), ("u", *_USER_STEMS), _DEVICE_STEMS, ("session", "s"))
+        return _id_score(name, ("user",), ("u", *_USER_STEMS), _DEVICE_STEMS, ("session",))
     if role == "item":
         return _id_score(name, ("item",), ("i", *_ITEM_STEMS), _LATE_ITEM_STEMS, ())
     for tier, names in enumerate(_NAMES[role]):
@@ -218,7 +220,7 @@ def _id_score(name: str, *tiers: tuple[str, ...]) -> tuple[int, int] | None:
     for tier, stems in enumerate(tiers):
         for stem in stems:
             form = name.removeprefix(stem)
-            # single letters stand for a role only with "id" behind them: "uid", "sid"
+            # single letters stand for a role only with "id" behind them: "uid", "iid"
             if name.startswith(stem) and form in _ID_FORMS and (len(stem) > 1 or form == "id"):
                 return 2 * tier, _ID_FORMS.index(form)
     if any(name.endswith(f"{stem}id") for stem in (*tiers[0], *tiers[1]) if len(stem) > 2):
