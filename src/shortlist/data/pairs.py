@@ -1,0 +1,130 @@
+"""What a person's own past says of each candidate: how often, how lately, how regularly. Rankers read these numbers as pair fields.
+
+All are counted by groups or are the same for all orders inside a group, so the sort of a basket's lines changes nothing. A candidate that
+is not in the history has 0 in every field about it. This file needs torch alone.
+
+B requests, H history events of the batch end to end, S distinct (request, item) pairs of the history, C candidates end to end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shortlist.data.batches import Batch
+from shortlist.data.jagged import Jagged, segment_sum
+from shortlist.data.schema import Numeric
+
+_S_PER_DAY = 86_400
+_HALF_LIFE = 30.0
+"""Days (places, without a clock) after which an event counts half in pair_recent."""
+_LATEST_RATIO = 20.0
+_SMALL = 1e-3
+_LONG, _SHORT = 5.0, 3.0
+"""Divisors that bring the logarithms of days and of counts to about 1: log(1 + 150) is 5, log(1 + 19) is 3."""
+
+PAIR_FIELDS: tuple[Numeric, ...] = tuple(
+    Numeric(name=name)
+    for name in (
+        "pair_seen",  # 1 where the item is in the history
+        "pair_times",  # its events, logarithm
+        "pair_groups",  # groups it occurs in, logarithm
+        "pair_share",  # its share of the events
+        "pair_group_share",  # share of the groups that hold it
+        "pair_since_last",  # days since it was last seen, logarithm
+        "pair_since_first",  # days since it was first seen, logarithm
+        "pair_recency",  # 1 / (1 + days since last seen)
+        "pair_recent",  # its groups, each halved every 30 days, logarithm
+        "pair_gap",  # mean days between the groups that hold it, logarithm; 0 below two groups
+        "pair_due",  # days since last seen by that gap, at most 20, logarithm: 0.23 when just due; 0 below two groups
+        "pair_in_last_group",  # 1 where the newest group holds it
+        "pair_place",  # 1 / (1 + groups since the last one that holds it)
+        "pair_history_events",  # length of the history, logarithm; the same for all candidates of a request
+        "pair_history_groups",  # groups of the history, logarithm; the same for all candidates of a request
+    )
+)
+
+
+def pair_fields(batch: Batch, rows: Jagged, *, has_clock: bool = True) -> dict[str, Tensor]:
+    """The fields of PAIR_FIELDS for candidates `rows` (B rows of catalogue rows): float32 [C] each, about 0..1, always finite.
+
+    Only the history that the batch carries is read: give the same `max_history` in training and serving.
+
+    Args:
+        has_clock: False where times are places in the user's order; "days" above are then places.
+    """
+    unit = float(_S_PER_DAY if has_clock else 1)
+    history = batch.history
+    owner_H, events_B = history.items.row_of_value, history.items.lengths
+    group_H, groups_B = _group_places(history.group, history.items)
+
+    # One line per (request, item): sorting is stable, so events of a pair stay in time order.
+    width = 1 + max((int(t.max()) for t in (history.items.values, rows.values) if len(t)), default=0)
+    key_H, order = torch.sort(owner_H * width + history.items.values, stable=True)
+    time_H, group_H, owner_H = history.time[order], group_H[order], owner_H[order]
+    opens_H = _changes(key_H)
+    pair_H = opens_H.cumsum(0) - 1
+    num_pairs = int(opens_H.sum())
+    # A group counts once, however many of its lines hold the item.
+    fresh_H = (opens_H | _changes(group_H)).float()
+    first_S = opens_H.nonzero()[:, 0]
+    last_S = torch.cat([first_S[1:], first_S.new_tensor([len(key_H)])])[:num_pairs] - 1
+    age_H = ((batch.time[owner_H] - time_H) / unit).clamp(min=0)
+    halved_H = fresh_H * torch.exp2(-age_H / _HALF_LIFE)
+
+    # Candidates that are not in the history find the empty line that is put behind the pairs; row 0 stands for no item.
+    request_C = rows.row_of_value
+    key_S = torch.cat([key_H[first_S], key_H.new_tensor([torch.iinfo(torch.int64).max])])
+    wanted_C = request_C * width + rows.values
+    line_C = torch.searchsorted(key_S, wanted_C)
+    seen_C = (key_S[line_C] == wanted_C) & (rows.values > 0)
+    line_C = torch.where(seen_C, line_C, num_pairs)
+
+    def look_up(value_S: Tensor) -> Tensor:
+        return torch.cat([value_S.float(), value_S.new_zeros(1).float()])[line_C]
+
+    seen = seen_C.float()
+    times, groups = (
+        look_up(torch.bincount(pair_H, minlength=num_pairs)),
+        look_up(segment_sum(fresh_H, pair_H, num_pairs)),
+    )
+    since_last, since_first = look_up(age_H[last_S]), look_up(age_H[first_S])
+    events, all_groups = events_B[request_C].float(), groups_B[request_C].float()
+    groups_after = seen * (all_groups - 1 - look_up(group_H[last_S]))
+    several = (groups >= 2).float()
+    gap = several * (since_first - since_last) / (groups - 1).clamp(min=1)
+    due = several * (since_last / gap.clamp(min=_SMALL)).clamp(max=_LATEST_RATIO)
+    columns = (
+        seen,
+        times.log1p() / _SHORT,
+        groups.log1p() / _SHORT,
+        times / events.clamp(min=1),
+        groups / all_groups.clamp(min=1),
+        since_last.log1p() / _LONG,
+        since_first.log1p() / _LONG,
+        seen / (1 + since_last),
+        look_up(segment_sum(halved_H, pair_H, num_pairs)).log1p() / _SHORT,
+        gap.log1p() / _LONG,
+        due.log1p() / _SHORT,
+        seen * (groups_after == 0),
+        seen / (1 + groups_after),
+        events.log1p() / _LONG,
+        all_groups.log1p() / _SHORT,
+    )
+    return {field.name: column for field, column in zip(PAIR_FIELDS, columns, strict=True)}
+
+
+def _group_places(group_H: Tensor, items: Jagged) -> tuple[Tensor, Tensor]:
+    """Place of each event's group in its row, oldest 0 [H], and the number of groups per row [B]; int64."""
+    opens_H = _changes(group_H) | (items.position_of_value == 0)
+    counted_H = opens_H.cumsum(0)
+    groups_B = segment_sum(opens_H.long(), items.row_of_value, items.num_rows)
+    before_B = groups_B.cumsum(0) - groups_B
+    return counted_H - 1 - before_B[items.row_of_value], groups_B
+
+
+def _changes(values: Tensor) -> Tensor:
+    """True [n] where a value differs from the one before it, and at the start."""
+    changes = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    changes[1:] = values[1:] != values[:-1]
+    return changes
