@@ -106,9 +106,7 @@ class Toy(System):
 class TwoPhases(Toy):
     """First the table, then, with the table frozen by `before`, the map."""
 
-    def prepare(self, view: View) -> None:
-        super().prepare(view)
-        self.befores: list[str] = []
+    befores: tuple[str, ...] = ()
 
     def phases(self) -> tuple[Phase, ...]:
         return (
@@ -117,7 +115,7 @@ class TwoPhases(Toy):
         )
 
     def freeze(self, view: View) -> None:
-        self.befores = [*getattr(self, "befores", []), "map"]
+        self.befores = (*self.befores, "map")
         self.table.weight.requires_grad_(False)
         self.buffer("frozen_copy", self.table.weight.detach().clone())
 
@@ -134,7 +132,7 @@ def make(cls: type[Toy] = Toy, view: View | None = None, **settings: float) -> t
     return cls(ToyConfig(**settings), view.space), view  # type: ignore[arg-type]
 
 
-def train(system: System, view: View, config: TrainerConfig, **options: object):  # noqa: ANN201
+def train(system: System, view: View, config: TrainerConfig, **options: object):
     def source_of(phase: Phase) -> NextEventSource:
         return NextEventSource(view, batch_size=config.batch_size, max_history=6, seed=config.seed, random_window=True)
 
