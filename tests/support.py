@@ -9,12 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import torch
 
 from shortlist.data.batches import Batch, labels_of, next_event_batch, request_batch, target_candidates
+from shortlist.data.dataset import Dataset, build_dataset
 from shortlist.data.histories import Histories, Requests, View
 from shortlist.data.jagged import Jagged
+from shortlist.data.log import read
 from shortlist.data.schema import Categorical, FieldTable, Numeric, Sequence, Space
+from shortlist.data.splits import DataConfig
 from shortlist.models.base import Feed, System
 from shortlist.registry import Entry
 
@@ -203,3 +207,44 @@ def one_request(batch: Batch, r: int) -> Batch:
         labels={},
         excluded=None if batch.excluded is None else batch.excluded.select(index),
     )
+
+
+def shop_frames(num_users: int = 80, seed: int = 0) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
+    """The planted shop as raw tables with string ids: events, items (title, cluster, price), users (country).
+
+    Users come at their own time of the year, so that a split by time holds out something of most of them.
+    """
+    histories = planted_histories(num_users, seed)
+    rng = np.random.default_rng(seed)
+    user = histories.user_of_event
+    moment = 1_700_000_000 + histories.time * 6 + rng.integers(0, 2 * DAY, num_users + 1)[user]
+    events = pl.DataFrame(
+        {
+            "user_id": [f"u{u}" for u in user],
+            "item_id": [f"i{i}" for i in histories.item],
+            "timestamp": moment,
+            "price": 1.0 + histories.item % 7,
+        }
+    )
+    number = np.arange(1, NUM_ITEMS + 3)  # two items that nobody bought
+    items = pl.DataFrame(
+        {
+            "item_id": [f"i{i}" for i in number],
+            "title": [f"thing number {i}" for i in number],
+            "cluster": [f"c{(i - 1) // PER_CLUSTER}" for i in number],
+            "price": 1.0 + number % 7,
+        }
+    )
+    users = pl.DataFrame(
+        {
+            "user_id": [f"u{u}" for u in range(1, num_users + 1)],
+            "country": [f"land{u % 2}" for u in range(1, num_users + 1)],
+        }
+    )
+    return events, items, users
+
+
+def shop_dataset(num_users: int = 80, seed: int = 0, config: DataConfig | None = None) -> Dataset:
+    """The same, read and encoded."""
+    events, items, users = shop_frames(num_users, seed)
+    return build_dataset(read(events, items=items, users=users), config)

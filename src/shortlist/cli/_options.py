@@ -60,7 +60,7 @@ class LogOptions:
     separator: Annotated[
         str | None, typer.Option(help="Field separator of a CSV; found out where it is not given.")
     ] = None
-    max_bad: Annotated[float, typer.Option(help="Share of bad rows above which reading stops.")] = 0.01
+    max_bad_share: Annotated[float, typer.Option(help="Share of bad rows above which reading stops.")] = 0.01
     quarantine: Annotated[
         Path | None, typer.Option(help="Where bad rows are kept with their reasons (Parquet or CSV).")
     ] = None
@@ -96,7 +96,7 @@ class LogOptions:
             roles=self.roles(),
             separator=self.separator,
             quarantine=self.quarantine or default_quarantine,
-            max_bad_share=self.max_bad,
+            max_bad_share=self.max_bad_share,
         )
 
 

@@ -233,7 +233,9 @@ def over_users(top: NDArray[np.float64], bottom: NDArray[np.float64], users: Int
 
 
 def page_statistics(rows: Int, dataset: Dataset, window: Window) -> dict[str, float]:
-    """Coverage, Gini of exposure and novelty of pages [R, k]."""
+    """Coverage, Gini of exposure and novelty of pages [R, k]; coverage alone where every page is empty."""
+    if not rows.any():
+        return {"coverage": 0.0}
     histories = dataset.view(window).histories
     counts = np.bincount(histories.item, minlength=dataset.space.num_items + 1)
     return {
