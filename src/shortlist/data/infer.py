@@ -39,7 +39,10 @@ _SEPARATORS = ("|", ";", ",")
 _SKEWED = 2.0
 _MIN_ENTITIES = 10
 _DIFFERING_SHARE = 0.01
-_ID_LIKE = re.compile(r"(^|_)(id|code|zip|sku|no|key)$|_?(id|code)$", re.IGNORECASE)
+_ID_LIKE = re.compile(
+    r"(^|_)(id|code|zip|sku|no|key|category|cat|cate|genre|brand|type|class|kind|segment|cluster|region|city|store|shop|seller)$|(id|code)$",
+    re.IGNORECASE,
+)
 _IMAGE_HEADS = (b"\x89PNG", b"\xff\xd8\xff")
 _TITLES = (
     "title", "name", "item_name", "product_name", "item_title", "product_title", "movie_title", "short_text", "headline", "description",
@@ -240,7 +243,7 @@ def _decide_number(values: pl.Series) -> _Type:
     if _ID_LIKE.search(values.name):
         if distinct > _UNIQUE_SHARE * rows:
             return _Type(kind="", why=f"ids: {distinct:,} distinct in {rows:,} rows")
-        return _Type(kind="Categorical", why=f"named like an id, {distinct:,} distinct in {rows:,} rows")
+        return _Type(kind="Categorical", why=f"named like an id or a kind, {distinct:,} distinct in {rows:,} rows")
     return _Type(kind="Numeric", why=f"whole numbers, {distinct:,} distinct")
 
 

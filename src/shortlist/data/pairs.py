@@ -20,8 +20,8 @@ _HALF_LIFE = 30.0
 """Days (places, without a clock) after which an event counts half in pair_recent."""
 _LATEST_RATIO = 20.0
 _SMALL = 1e-3
-_LONG, _SHORT = 5.0, 3.0
-"""Divisors that bring the logarithms of days and of counts to about 1: log(1 + 150) is 5, log(1 + 19) is 3."""
+_LONG, _SHORT, _RATIO = 6.0, 4.0, 3.0
+"""Divisors that bring logarithms to 0..1 or little more: 400 days or events give 6, 54 groups 4, a ratio of 20 gives 3."""
 
 PAIR_FIELDS: tuple[Numeric, ...] = tuple(
     Numeric(name=name)
@@ -105,7 +105,7 @@ def pair_fields(batch: Batch, rows: Jagged, *, has_clock: bool = True) -> dict[s
         seen / (1 + since_last),
         look_up(segment_sum(halved_H, pair_H, num_pairs)).log1p() / _SHORT,
         gap.log1p() / _LONG,
-        due.log1p() / _SHORT,
+        due.log1p() / _RATIO,
         seen * (groups_after == 0),
         seen / (1 + groups_after),
         events.log1p() / _LONG,

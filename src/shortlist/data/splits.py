@@ -337,14 +337,13 @@ def past_requests(
     if ends is not None:
         keep &= groups.end <= np.asarray(ends)[groups.user]
     chosen = np.flatnonzero(keep)
-    requests = _requests(histories, groups.start[chosen], groups.end[chosen], None, repeats, context)
-    if max_per_user is None:
-        return requests
-    lot = np.random.default_rng([seed, 2]).random(len(requests))
-    order = np.lexsort((lot, requests.user))
-    user = requests.user[order]
-    rank = np.arange(len(user)) - np.searchsorted(user, user)
-    return requests.select(np.sort(order[rank < max_per_user]))
+    if max_per_user is not None:
+        lot = np.random.default_rng([seed, 2]).random(len(chosen))
+        chosen = chosen[np.lexsort((lot, groups.user[chosen]))]
+        user = groups.user[chosen]
+        rank = np.arange(len(user)) - np.searchsorted(user, user)
+        chosen = np.sort(chosen[rank < max_per_user])
+    return _requests(histories, groups.start[chosen], groups.end[chosen], None, repeats, context)
 
 
 def _requests(

@@ -68,7 +68,7 @@ class Vocabulary:
             rows = pl.int_range(1, len(self) + 1, dtype=pl.Int64, eager=True)
             table = pl.DataFrame({"id": self.ids, "row": rows})
             found = pl.DataFrame({"id": wanted}).join(table, on="id", how="left", maintain_order="left")
-            return found["row"].fill_null(0).to_numpy().astype(np.int64, copy=False)
+            return found["row"].fill_null(0).to_numpy(writable=True)
         place = self._sorted.search_sorted(wanted).clip(0, len(self) - 1)
         hit = (self._sorted.gather(place) == wanted).fill_null(False).to_numpy()
         return np.where(hit, self._row_of_sorted[place.to_numpy()], 0)
