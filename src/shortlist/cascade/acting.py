@@ -1,0 +1,130 @@
+"""One system at work for one batch: searching the catalogue, scoring candidates, and what that costs.
+
+B requests, n items (row 0 = no item), d width of a vector, total = all candidates of the batch end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shortlist.cascade.candidates import Blocked
+from shortlist.data.batches import Batch
+from shortlist.data.jagged import Jagged
+from shortlist.errors import ConfigError
+from shortlist.models.base import (
+    RETRIEVAL_TASK,
+    ItemScorer,
+    Ranker,
+    RequestShape,
+    Retrieved,
+    Retriever,
+    System,
+    VectorRetriever,
+    top_k,
+)
+
+
+class Found(NamedTuple):
+    """What a retriever found, and how to score other items without asking it for the user again."""
+
+    best: Retrieved
+    score: Callable[[Jagged], Tensor]
+    """float32 [total] for candidates of the same requests."""
+    bad_B: Tensor
+    """bool [B]: requests for which it gave NaN or infinite scores; their `best` is empty."""
+
+
+def search(system: System, batch: Batch, k: int, blocked: Blocked) -> Found:
+    """The k best permitted items per request by one retriever."""
+    match system:
+        case ItemScorer():
+            scores_BN = system.score_all(batch)
+            bad_B = _broken(scores_BN)
+            best = top_k(_close(scores_BN, blocked), k, batch.excluded)
+            return _without(Found(best, lambda rows: scores_BN[rows.row_of_value, rows.values], bad_B))
+        case VectorRetriever():
+            user_Bd, item_Nd = system.encode_user(batch), system.item_matrix()
+            scores_BN = user_Bd @ item_Nd.T
+            bad_B = _broken(scores_BN)
+            best = top_k(_close(scores_BN, blocked), k, batch.excluded)
+            return _without(
+                Found(best, lambda rows: (user_Bd[rows.row_of_value] * item_Nd[rows.values]).sum(-1), bad_B)
+            )
+        case Retriever():
+            best = system.retrieve(_closed(batch, blocked), k)
+            return _without(
+                Found(
+                    best, lambda rows: system.score(batch.with_candidates(rows))[RETRIEVAL_TASK], _broken(best.scores)
+                )
+            )
+    raise ConfigError(f"{type(system).__name__} is a {system.kind} and can not search the catalogue")
+
+
+def score(system: System, batch: Batch) -> Tensor:
+    """float32 [total]: what the system orders the batch's candidates by; a ranker's first task."""
+    if isinstance(system, Ranker):
+        return system.score(batch)[system.space.tasks[0]]
+    if isinstance(system, ItemScorer | VectorRetriever | Retriever):
+        return system.score(batch)[RETRIEVAL_TASK]
+    raise ConfigError(f"{type(system).__name__} is a {system.kind} and does not score candidates")
+
+
+def search_flops(system: System, num_history: float, num_candidates: float, num_items: int) -> float:
+    """FLOPs per request of `search` and of scoring what all retrievers found together."""
+    cost = system.cost(_shape(system, num_history, num_candidates, num_items))
+    match system:
+        case ItemScorer():
+            return cost.flops(num_items)
+        case VectorRetriever():
+            return cost.flops(num_items) + cost.item_flops * num_candidates
+    return 2 * cost.user_flops + cost.item_flops * num_candidates  # asked twice: to find and to score
+
+
+def score_flops(system: System, num_history: float, num_candidates: float, num_items: int) -> float:
+    """FLOPs per request of `score` or of a re-ranker; an ItemScorer can not score fewer items than all."""
+    cost = system.cost(_shape(system, num_history, num_candidates, num_items))
+    num_scored = num_items if isinstance(system, ItemScorer) else num_candidates
+    return cost.user_flops + cost.item_flops * num_scored
+
+
+def _shape(system: System, num_history: float, num_candidates: float, num_items: int) -> RequestShape:
+    return RequestShape(
+        num_history=min(round(num_history), system.max_history),
+        num_candidates=round(num_candidates),
+        num_items=num_items,
+    )
+
+
+def _broken(scores: Tensor) -> Tensor:
+    """bool [B]: rows with NaN or +inf."""
+    return (torch.isnan(scores) | (scores == torch.inf)).any(1)
+
+
+def _without(found: Found) -> Found:
+    """Nothing found where the scores are broken."""
+    bad_B1 = found.bad_B[:, None]
+    best = Retrieved(found.best.rows.masked_fill(bad_B1, 0), found.best.scores.masked_fill(bad_B1, -torch.inf))
+    return found._replace(best=best)
+
+
+def _close(scores_BN: Tensor, blocked: Blocked) -> Tensor:
+    """Scores of items that nobody may see become -inf, in place."""
+    return scores_BN if blocked.allowed is None else scores_BN.masked_fill_(~blocked.allowed, -torch.inf)
+
+
+def _closed(batch: Batch, blocked: Blocked) -> Batch:
+    """The batch with what nobody may see among each request's exclusions."""
+    if blocked.allowed is None:
+        return batch
+    denied = (~blocked.allowed).nonzero()[:, 0]
+    denied = denied[denied > 0]
+    own = batch.excluded or Jagged.from_lengths(denied[:0], torch.zeros_like(batch.user))
+    request = torch.arange(batch.size, device=denied.device)
+    owner = torch.cat([own.row_of_value, request.repeat_interleave(len(denied))])
+    values = torch.cat([own.values, denied.repeat(batch.size)])
+    return replace(batch, excluded=Jagged.from_lengths(values[owner.argsort(stable=True)], own.lengths + len(denied)))

@@ -1,0 +1,164 @@
+"""What the cascade does to lists of candidates between systems: merge, filter, standardise, cut, fill. Pure functions of tensors.
+
+B requests, S systems, K items a system retrieves per request, C columns of a padded list, total = all candidates of the batch end to
+end, n items (row 0 = no item).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shortlist.data.jagged import Jagged, segment_mean
+from shortlist.models.base import Retrieved
+
+RRF_CONSTANT = 60
+"""The constant of reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009)."""
+SPREAD, CLIP = 3.0, 2.0
+"""In-request standardised scores: so many deviations make 1, and nothing goes beyond +-2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Items that a request must not see: its own exclusions and what nobody may see."""
+
+    num_items: int
+    excluded: Jagged | None = None
+    """Catalogue rows per request."""
+    allowed: Tensor | None = None
+    """bool [n + 1], the same for all requests; None = all."""
+
+    def permits(self, request: Tensor, rows: Tensor) -> Tensor:
+        """bool, the shape of `rows`: real items that request number `request` (same shape) may see."""
+        fine = rows > 0
+        if self.allowed is not None:
+            fine &= self.allowed[rows]
+        if self.excluded is not None and len(self.excluded.values):
+            width = self.num_items + 1
+            excluded = self.excluded.row_of_value * width + self.excluded.values
+            fine &= ~torch.isin(request * width + rows, excluded)
+        return fine
+
+
+def merge(found: Sequence[Retrieved], keep: int) -> tuple[Jagged, Tensor]:
+    """One list per request from the lists of several retrievers, by reciprocal rank fusion.
+
+    An item's score is the sum of 1 / (60 + its place) over the lists that hold it; among equals, the better best place and then the
+    earlier retriever comes first.
+
+    Args:
+        found: S results of B requests, K may differ; row 0 = no item.
+        keep: longest list made.
+
+    Returns:
+        Rows, best first, distinct within a request, and their scores, float32 [total].
+    """
+    width = max(part.rows.shape[1] for part in found)
+    padded = [torch.nn.functional.pad(part.rows, (0, width - part.rows.shape[1])) for part in found]
+    # Columns run place by place, system by system: the column number is then the order among equals.
+    rows_BC = torch.stack(padded, 2).flatten(1)
+    place_C = torch.arange(width, device=rows_BC.device).repeat_interleave(len(found))
+    weight_BC = torch.where(rows_BC > 0, 1.0 / (RRF_CONSTANT + 1 + place_C), 0.0).double()
+    by_row_BC, order_BC = rows_BC.sort(dim=1, stable=True)
+    is_first_BC = torch.ones_like(by_row_BC, dtype=torch.bool)
+    is_first_BC[:, 1:] = by_row_BC[:, 1:] != by_row_BC[:, :-1]
+    group_BC = is_first_BC.cumsum(1) - 1
+    sum_BC = torch.zeros_like(weight_BC).scatter_add_(1, group_BC, weight_BC.gather(1, order_BC))
+    # The fused weight stands where the item was first met; its other places fall out.
+    fused_BC = torch.where(is_first_BC & (by_row_BC > 0), sum_BC.gather(1, group_BC), -torch.inf)
+    fused_BC = torch.empty_like(fused_BC).scatter_(1, order_BC, fused_BC)
+    score_BC, best_BC = fused_BC.sort(dim=1, descending=True, stable=True)
+    score_BC, best_BC = score_BC[:, :keep], best_BC[:, :keep]
+    real_BC = score_BC > -torch.inf
+    return Jagged.from_padded(rows_BC.gather(1, best_BC), real_BC), score_BC[real_BC].float()
+
+
+def best_first(rows: Jagged, scores: Tensor, keep: int | None = None) -> Tensor:
+    """Index [kept] int64 into the candidates: the `keep` best of each request, best first; equals keep their order."""
+    request = rows.row_of_value
+    order = scores.argsort(descending=True, stable=True)
+    order = order[request[order].argsort(stable=True)]
+    return order if keep is None else order[rows.position_of_value < keep]
+
+
+def take(rows: Jagged, index: Tensor) -> Jagged:
+    """The candidates at `index` [kept], which runs request by request."""
+    counts = torch.bincount(rows.row_of_value[index], minlength=rows.num_rows)
+    return Jagged.from_lengths(rows.values[index], counts)
+
+
+def finite(rows: Jagged, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores fit to sort and average by, float32 [total], and which requests had none such, bool [B].
+
+    -inf ("would not recommend") becomes the lowest finite score of its request; a request with NaN, +inf or nothing but -inf is bad.
+    """
+    request = rows.row_of_value
+    scores = scores.float()
+    broken = torch.isnan(scores) | (scores == torch.inf)
+    lowest_B = torch.full((rows.num_rows,), torch.inf, device=scores.device)
+    usable = torch.where(torch.isfinite(scores), scores, torch.inf)
+    lowest_B = lowest_B.scatter_reduce(0, request, usable, "amin")
+    bad_B = torch.zeros(rows.num_rows, dtype=torch.bool, device=scores.device)
+    bad_B[request[broken]] = True
+    bad_B |= (lowest_B == torch.inf) & (rows.lengths > 0)
+    clean = torch.where(torch.isfinite(scores), scores, lowest_B[request])
+    return torch.where(bad_B[request], 0.0, clean), bad_B
+
+
+def standardise(rows: Jagged, scores_ST: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores as a later system reads them, the same in training and serving: within the request, by value and by place.
+
+    Args:
+        rows: candidates of B requests.
+        scores_ST: finite float32 [S, total], one row per system.
+
+    Returns:
+        value [S, total]: distance from the request's mean, 1 for three deviations, cut at +-2; place [S, total]: share of the
+        request's candidates with a lower score, equals counted half, from -1 (worst) to 1 (best). Both are 0 where all are equal.
+    """
+    num_systems, total = scores_ST.shape
+    if not total:
+        return scores_ST, scores_ST.clone()
+    request = rows.row_of_value
+    values = scores_ST.T.double()
+    centred = values - segment_mean(values, request, rows.num_rows)[request]
+    deviation = segment_mean(centred.square(), request, rows.num_rows).sqrt()[request]
+    spread = torch.where(deviation > 1e-9 * (1 + values.abs()), centred / (SPREAD * deviation).clamp(min=1e-300), 0.0)
+
+    lists = (request + torch.arange(num_systems, device=request.device)[:, None] * rows.num_rows).flatten()
+    flat = scores_ST.flatten()
+    order = flat.argsort(stable=True)
+    order = order[lists[order].argsort(stable=True)]
+    new_group = torch.ones(len(order), dtype=torch.bool, device=order.device)
+    new_group[1:] = (flat[order][1:] != flat[order][:-1]) | (lists[order][1:] != lists[order][:-1])
+    group = new_group.cumsum(0) - 1
+    starts = torch.cat([rows.offsets[:-1] + s * total for s in range(num_systems)])
+    place = torch.arange(len(order), device=order.device) - starts.repeat_interleave(rows.lengths.repeat(num_systems))
+    mean_place = segment_mean(place.double(), group, int(group[-1]) + 1)[group]
+    count = rows.lengths[request].repeat(num_systems)
+    share = torch.empty_like(mean_place).scatter_(0, order, (2 * mean_place + 1) / count - 1)
+    return spread.clamp(-CLIP, CLIP).T.float(), share.view(num_systems, total).float()
+
+
+def first_permitted(rows_BC: Tensor, blocked: Blocked, k: int) -> Tensor:
+    """int64 [B, k]: the first k distinct permitted items of each row, 0 where there are fewer."""
+    by_row_BC, order_BC = rows_BC.sort(dim=1, stable=True)
+    again_BC = torch.zeros_like(by_row_BC, dtype=torch.bool)
+    again_BC[:, 1:] = by_row_BC[:, 1:] == by_row_BC[:, :-1]
+    again_BC = torch.empty_like(again_BC).scatter_(1, order_BC, again_BC)
+    request_BC = torch.arange(len(rows_BC), device=rows_BC.device)[:, None].expand_as(rows_BC)
+    fine_BC = blocked.permits(request_BC, rows_BC) & ~again_BC
+    first_BC = (~fine_BC).long().argsort(dim=1, stable=True)[:, :k]
+    rows_Bk = torch.where(fine_BC.gather(1, first_BC), rows_BC.gather(1, first_BC), 0)
+    return torch.nn.functional.pad(rows_Bk, (0, k - rows_Bk.shape[1]))
+
+
+def contained(rows: Jagged, others: Jagged) -> Tensor:
+    """bool [total of rows]: whether the same request of `others` holds the value."""
+    if not len(rows.values) or not len(others.values):
+        return torch.zeros(len(rows.values), dtype=torch.bool, device=rows.values.device)
+    width = int(torch.maximum(rows.values.max(), others.values.max())) + 1
+    return torch.isin(rows.row_of_value * width + rows.values, others.row_of_value * width + others.values)

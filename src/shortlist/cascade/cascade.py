@@ -1,0 +1,437 @@
+"""The stages at work: from all items to a page, for any number of requests at once, whatever goes wrong on the way.
+
+    retrieval      every retriever searches; lists are merged; every retriever scores all that was found
+    scoring        pre-ranking, ranking, ...: candidates are scored and the best kept
+    re-ranking     the page is made, looking at the items together
+
+What earlier stages thought of a candidate reaches later ones as pair fields: `score_NAME` and `rank_NAME`, standardised within the
+request, beside those of `data/pairs.py`. Training sees them through `until`, which is the same code, so they can not skew.
+
+A stage that raises, is late, or gives scores that are no numbers is passed over for the requests concerned: the order before it
+stands, and the report says so. B requests, k items of a page, total = all candidates of the batch end to end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from shortlist.cascade.acting import score, score_flops, search, search_flops
+from shortlist.cascade.candidates import (
+    Blocked,
+    best_first,
+    contained,
+    finite,
+    first_permitted,
+    merge,
+    standardise,
+    take,
+)
+from shortlist.cascade.config import Action, Chain, RunConfig
+from shortlist.cascade.meter import StageReport
+from shortlist.cascade.watch import Problem, Watch
+from shortlist.data.batches import Batch
+from shortlist.data.jagged import Jagged
+from shortlist.data.pairs import PAIR_FIELDS, pair_fields
+from shortlist.data.schema import Numeric, Space
+from shortlist.errors import ConfigError
+from shortlist.models.base import Ranker, Reranker, Retrieved, System
+
+PAIR_HISTORY = 500
+"""Events at least that pair fields look back on."""
+
+
+def stage_space(config: RunConfig, space: Space, stage: str) -> Space:
+    """The space that systems of a stage are built on: with the pair fields that reach it."""
+    earlier: list[str] = []
+    for other in config.stages:
+        if other.name == stage:
+            break
+        earlier += other.systems
+    names = [f"{kind}_{name}" for name in dict.fromkeys(earlier) for kind in ("score", "rank")]
+    return space.with_pairs((*PAIR_FIELDS, *(Numeric(name=name) for name in names)) if earlier else ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTrace:
+    """What one stage did for a batch."""
+
+    name: str
+    systems: tuple[str, ...]
+    rows: Jagged
+    """Catalogue rows that it let through, best first."""
+    scores: Tensor
+    """float32 [total]: what it ordered them by."""
+    system_scores: Mapping[str, Tensor]
+    """float32 [total] by system: raw scores of what was let through, of this stage's systems."""
+    num_received: Tensor
+    """int64 [B]."""
+    spent_ms: float
+    """Wall time of the whole batch."""
+    flops: float
+    """Per request, mean of the batch."""
+    problems: tuple[Problem, ...] = ()
+
+    def degraded(self, request: int) -> str | None:
+        """What went wrong for a request of the batch; None when nothing did."""
+        return "; ".join(p.reason for p in self.problems if p.concerns(request)) or None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """Answers to a batch of requests."""
+
+    rows: Tensor
+    """int64 [B, k] catalogue rows, best first; 0 where the catalogue has no more permitted items."""
+    scores: Tensor
+    """float32 [B, k] by the last stage; -inf beside row 0 and beside items that were filled in without one."""
+    traces: tuple[StageTrace, ...]
+    chain: str
+
+    @cached_property
+    def reports(self) -> list[list[StageReport]]:
+        """By request, then by stage."""
+        num_requests = len(self.rows)
+        columns = [(t.num_received.tolist(), t.rows.lengths.tolist()) for t in self.traces]
+        return [
+            [
+                StageReport(
+                    stage=trace.name,
+                    systems=trace.systems,
+                    num_received=received[request],
+                    num_kept=kept[request],
+                    spent_ms=trace.spent_ms / num_requests,
+                    spent_mflop=trace.flops / 1e6,
+                    degraded=trace.degraded(request) if trace.problems else None,
+                )
+                for trace, (received, kept) in zip(self.traces, columns)
+            ]
+            for request in range(num_requests)
+        ]
+
+
+@dataclass(slots=True)
+class _Funnel:
+    """Where a batch stands between two stages."""
+
+    batch: Batch
+    blocked: Blocked
+    rows: Jagged
+    """Candidates, best first."""
+    scores: Tensor
+    """What they were last ordered by."""
+    wants_pairs: bool
+    pair: dict[str, Tensor] = field(default_factory=dict)
+    """Pair fields so far, [total] each."""
+    raw: dict[str, Tensor] = field(default_factory=dict)
+    """Scores by system, [total] each."""
+
+    def cut(self, index: Tensor, scores: Tensor) -> None:
+        """Keep the candidates at `index`, which runs request by request, ordered by `scores` [total before]."""
+        self.rows, self.scores = take(self.rows, index), scores[index]
+        self.pair = {name: column[index] for name, column in self.pair.items()}
+        self.raw = {name: column[index] for name, column in self.raw.items()}
+
+    def note(self, raw: Mapping[str, Tensor]) -> None:
+        """Keep the scores of systems, and make their pair fields."""
+        self.raw |= raw
+        if raw and self.wants_pairs:
+            value_ST, place_ST = standardise(self.rows, torch.stack(list(raw.values())))
+            for name, value, place in zip(raw, value_ST, place_ST):
+                self.pair |= {f"score_{name}": value, f"rank_{name}": place}
+
+    def candidates(self, space: Space) -> Batch:
+        """The batch with its candidates and the pair fields that a system reads; those that no stage made are 0."""
+        zeros = torch.zeros_like(self.scores)
+        return self.batch.with_candidates(self.rows, {f.name: self.pair.get(f.name, zeros) for f in space.pair_fields})
+
+
+class Cascade:
+    """A run's stages with their systems, ready to answer.
+
+    Args:
+        config: with stages; says what each may do.
+        space: the catalogue.
+        systems: by the names of the config, on `device`; they are put into evaluation mode.
+        popular: int64 [n] all catalogue rows, best first: what fills a page when nothing else can. None = catalogue order.
+        device: where batches are moved.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        space: Space,
+        systems: Mapping[str, System],
+        *,
+        popular: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        missing = [name for stage in config.stages for name in stage.systems if name not in systems]
+        if missing or not config.stages:
+            raise ConfigError(f"the cascade lacks {'system ' + repr(missing[0]) if missing else 'stages'}")
+        self.config, self.space, self.systems = config, space, dict(systems)
+        self.device = torch.device(device)
+        rows = torch.arange(1, space.num_items + 1) if popular is None else popular
+        self.popular = rows.to(self.device)
+        for system in self.systems.values():
+            system.eval()
+
+    @property
+    def max_history(self) -> int:
+        """Newest events that a batch should hold: what the systems read, and enough for pair fields to be what training saw."""
+        return max(PAIR_HISTORY, *(system.max_history for system in self.systems.values()))
+
+    @torch.no_grad()
+    def run(
+        self,
+        batch: Batch,
+        *,
+        k: int | None = None,
+        candidates: Jagged | None = None,
+        allowed: Tensor | None = None,
+        chain: str | Chain | None = None,
+        deadline_ms: float | None = None,
+    ) -> Page:
+        """Pages for B requests.
+
+        Args:
+            batch: requests without candidates; `batch.excluded` is honoured everywhere.
+            k: items of a page; None = as the surface says. Stages that keep fewer keep k.
+            candidates: the only items to choose from, per request; nothing else is searched or filled in.
+            allowed: bool [n + 1], items that may be shown; None = all.
+            chain: which action of each stage; None = the default chain.
+            deadline_ms: time from now after which no stage is waited for; the page is made of what there is.
+        """
+        started = time.perf_counter()
+        deadline = None if deadline_ms is None else started + deadline_ms / 1e3
+        chosen = self._chain(chain)
+        k = self.config.surface.k if k is None else k
+        if k < 1:
+            raise ConfigError(f"k must be at least 1, got {k}")
+        funnel = self._start(batch, allowed, wants_pairs=self._has_ranker(chosen.actions))
+        traces = []
+        for number, action in enumerate(chosen.actions):
+            watch = Watch(deadline=deadline)
+            traces.append(self._stage(funnel, number, action, max(action.keep or k, k), watch, given=candidates))
+        rows, scores = self._page(funnel, traces, k, may_search=candidates is None)
+        return Page(rows=rows, scores=scores, traces=tuple(traces), chain=chosen.name)
+
+    @torch.no_grad()
+    def until(self, batch: Batch, stage: str) -> Batch:
+        """The batch as a stage gets it in the default chain: with candidates, best first, and pair fields. Failures are raised."""
+        number = [s.name for s in self.config.stages].index(stage)
+        if not number:
+            raise ConfigError(f"nothing comes before {stage}, the first stage")
+        funnel = self._start(batch, None, wants_pairs=True)
+        k = self.config.surface.k
+        for n, action in enumerate(self.config.default_chain.actions[:number]):
+            self._stage(funnel, n, action, max(action.keep or k, k), Watch(strict=True))
+        return funnel.candidates(stage_space(self.config, self.space, stage))
+
+    # -- stages --------------------------------------------------------------------------------------------------
+
+    def _stage(
+        self, funnel: _Funnel, number: int, action: Action, keep: int, watch: Watch, *, given: Jagged | None = None
+    ) -> StageTrace:
+        """One stage: narrows the funnel and says what it did."""
+        began = time.perf_counter()
+        num_received = funnel.rows.lengths
+        if number == 0 and given is None:
+            num_received = torch.full_like(funnel.batch.user, self.space.num_items)
+            self._retrieve(funnel, action, keep, watch)
+        elif number == 0 and given is not None:
+            num_received = given.lengths.to(self.device)
+            self._receive(funnel, action, given.to(self.device), watch)
+        elif isinstance(self.systems[action.systems[0]], Reranker):
+            self._rerank(funnel, action.systems[0], keep, watch)
+        else:
+            self._rank(funnel, action, keep, watch)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return StageTrace(
+            name=self.config.stages[number].name,
+            systems=action.systems,
+            rows=funnel.rows,
+            scores=funnel.scores,
+            system_scores={name: funnel.raw[name] for name in action.systems if name in funnel.raw},
+            num_received=num_received,
+            spent_ms=(time.perf_counter() - began) * 1e3,
+            flops=watch.flops,
+            problems=tuple(watch.problems),
+        )
+
+    def _retrieve(self, funnel: _Funnel, action: Action, keep: int, watch: Watch) -> None:
+        """Search with every system, merge, and let every system score all that was found."""
+        searches = {}
+        for name in action.systems:
+            found = watch.attempt(name, partial(search, self.systems[name], funnel.batch, keep, funnel.blocked))
+            if found is not None:
+                searches[name] = found
+                watch.note_bad(name, found.bad_B)
+        if searches:
+            rows, scores = merge([found.best for found in searches.values()], keep)
+            fine = funnel.blocked.permits(rows.row_of_value, rows.values)
+            funnel.rows, funnel.scores = take(rows, fine.nonzero()[:, 0]), scores[fine]
+        else:
+            funnel.rows, funnel.scores = self._most_popular(funnel.blocked, funnel.batch.size, keep)
+        self._add_pairs(funnel)
+        raw = {}
+        for name, found in searches.items():
+            given = watch.attempt(name, partial(found.score, funnel.rows))
+            if given is not None:
+                raw[name], _ = finite(funnel.rows, given)
+            watch.flops += search_flops(self.systems[name], *self._sizes(funnel))
+        funnel.note(raw)
+
+    def _receive(self, funnel: _Funnel, action: Action, given: Jagged, watch: Watch) -> None:
+        """Take the caller's candidates in place of a search; every system scores them, and the merged order is the first one."""
+        most = int(given.lengths.max()) if len(given.values) else 1
+        rows_BC = first_permitted(given.padded()[0], funnel.blocked, most)
+        funnel.rows = Jagged.from_padded(rows_BC, rows_BC > 0)
+        funnel.scores = torch.zeros(len(funnel.rows.values), device=self.device)
+        self._add_pairs(funnel)
+        raw, _ = self._scores(funnel, action.systems, watch)
+        funnel.note(raw)
+        if raw:
+            orders = [take(funnel.rows, best_first(funnel.rows, scores)).padded()[0] for scores in raw.values()]
+            rows, scores = merge([Retrieved(order_BC, order_BC.float()) for order_BC in orders], most)
+            # Both lists hold the same items; sorting by (request, item) brings them together.
+            there, here = (_by_item(lists).argsort() for lists in (rows, funnel.rows))
+            index = torch.empty_like(there)
+            index[there] = here
+            funnel.scores[index] = scores
+            funnel.cut(index, funnel.scores)
+
+    def _rank(self, funnel: _Funnel, action: Action, keep: int, watch: Watch) -> None:
+        """Score the candidates and keep the best. Several systems count alike, each standardised within the request."""
+        raw, bad = self._scores(funnel, action.systems, watch)
+        funnel.note(raw)
+        scores = funnel.scores
+        if raw:
+            request = funnel.rows.row_of_value
+            fine_SB = ~torch.stack([bad[name] for name in raw])
+            given_ST = torch.stack(list(raw.values()))
+            if len(raw) > 1:
+                given_ST = standardise(funnel.rows, given_ST)[0]
+            weight_ST = fine_SB[:, request].float()
+            mean = (given_ST * weight_ST).sum(0) / weight_ST.sum(0).clamp(min=1)
+            scores = torch.where(fine_SB.any(0)[request], mean, scores)  # where all failed, the order before stands
+        funnel.cut(best_first(funnel.rows, scores, keep), scores)
+
+    def _rerank(self, funnel: _Funnel, name: str, keep: int, watch: Watch) -> None:
+        """Let a re-ranker make the page; where it fails, the best candidates in the order before."""
+        system = self.systems[name]
+        assert isinstance(system, Reranker)
+        batch = funnel.candidates(system.space)
+        watch.flops += score_flops(system, *self._sizes(funnel))
+        page = watch.attempt(name, lambda: system.rerank(batch, funnel.scores, keep))
+        plain = best_first(funnel.rows, funnel.scores, keep)
+        rows, scores = take(funnel.rows, plain), funnel.scores[plain]
+        if page is not None:
+            real_BK = page.rows > 0
+            shown = Jagged.from_padded(page.rows, real_BK)
+            wrong = ~contained(shown, funnel.rows) | ~torch.isfinite(page.scores[real_BK])
+            bad_B = torch.zeros(funnel.batch.size, dtype=torch.bool, device=self.device)
+            bad_B[shown.row_of_value[wrong]] = True
+            watch.note_bad(name, bad_B)
+            rows, scores = _choose(bad_B, (rows, scores), (shown, page.scores[real_BK]))
+        funnel.rows, funnel.scores, funnel.pair, funnel.raw = rows, scores, {}, {}
+
+    def _scores(
+        self, funnel: _Funnel, names: Sequence[str], watch: Watch
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Finite scores [total] of the candidates by system, and for which requests they are none [B]; failed systems are left out."""
+        raw, bad = {}, {}
+        for name in names:
+            if name in funnel.raw:  # scored these very items in an earlier stage
+                raw[name], bad[name] = funnel.raw[name], torch.zeros_like(funnel.batch.user, dtype=torch.bool)
+                continue
+            system = self.systems[name]
+            watch.flops += score_flops(system, *self._sizes(funnel))
+            given = watch.attempt(name, partial(score, system, funnel.candidates(system.space)))
+            if given is not None:
+                raw[name], bad[name] = finite(funnel.rows, given)
+                watch.note_bad(name, bad[name])
+        return raw, bad
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _start(self, batch: Batch, allowed: Tensor | None, *, wants_pairs: bool) -> _Funnel:
+        batch = batch if batch.user.device == self.device else batch.to(self.device)
+        if allowed is not None and allowed.shape != (self.space.num_items + 1,):
+            raise ConfigError(
+                f"allowed must say yes or no for {self.space.num_items + 1} catalogue rows, got {len(allowed)}"
+            )
+        blocked = Blocked(self.space.num_items, batch.excluded, None if allowed is None else allowed.to(self.device))
+        nothing = Jagged.from_lengths(batch.user[:0], torch.zeros_like(batch.user))
+        return _Funnel(batch, blocked, nothing, torch.zeros(0, device=self.device), wants_pairs)
+
+    def _add_pairs(self, funnel: _Funnel) -> None:
+        if funnel.wants_pairs:
+            funnel.pair |= pair_fields(funnel.batch, funnel.rows, has_clock=self.space.has_clock)
+
+    def _chain(self, chain: str | Chain | None) -> Chain:
+        if chain is None:
+            return self.config.default_chain
+        return chain if isinstance(chain, Chain) else self.config.chain(chain)
+
+    def _has_ranker(self, actions: Sequence[Action]) -> bool:
+        """Whether anything will read pair fields."""
+        return any(isinstance(self.systems[name], Ranker) for action in actions for name in action.systems)
+
+    def _sizes(self, funnel: _Funnel) -> tuple[float, float, int]:
+        """Mean events and mean candidates of a request, and the catalogue's size."""
+        num_requests = max(funnel.batch.size, 1)
+        events, candidates = len(funnel.batch.history.items.values), len(funnel.rows.values)
+        return events / num_requests, candidates / num_requests, self.space.num_items
+
+    def _most_popular(self, blocked: Blocked, num_requests: int, keep: int) -> tuple[Jagged, Tensor]:
+        """What stands in for a search: the most popular permitted items, scored by their place."""
+        rows_BK = first_permitted(self._popular_columns(blocked, keep).expand(num_requests, -1), blocked, keep)
+        place_BK = torch.arange(keep, 0, -1, device=self.device, dtype=torch.float32).expand_as(rows_BK)
+        return Jagged.from_padded(rows_BK, rows_BK > 0), place_BK[rows_BK > 0]
+
+    def _popular_columns(self, blocked: Blocked, count: int) -> Tensor:
+        """[C] so many of the most popular items that `count` are left for every request."""
+        popular = self.popular if blocked.allowed is None else self.popular[blocked.allowed[self.popular]]
+        excluded = 0 if blocked.excluded is None else int(blocked.excluded.lengths.max())
+        return popular[: count + excluded]
+
+    def _page(
+        self, funnel: _Funnel, traces: Sequence[StageTrace], k: int, *, may_search: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The first k items of every request; gaps are filled from the stages before, then by popularity."""
+        index = (funnel.rows.position_of_value < k).nonzero()[:, 0]
+        kept = take(funnel.rows, index)
+        rows_Bk, _ = kept.padded(k)
+        scores_Bk, _ = kept.with_values(funnel.scores[index]).padded(k, fill=-torch.inf)
+        short = (rows_Bk == 0).any(1).nonzero()[:, 0]
+        if len(short):
+            columns = [rows_Bk[short], *(trace.rows.select(short).padded()[0] for trace in reversed(traces))]
+            if may_search:
+                count = sum(part.shape[1] for part in columns) + k
+                columns.append(self._popular_columns(funnel.blocked, count).expand(len(short), -1))
+            excluded = funnel.blocked.excluded
+            blocked = replace(funnel.blocked, excluded=None if excluded is None else excluded.select(short))
+            rows_Bk[short] = first_permitted(torch.cat(columns, 1), blocked, k)
+        return rows_Bk, scores_Bk
+
+
+def _by_item(rows: Jagged) -> Tensor:
+    """One number per candidate that sorts by request, then by item."""
+    width = int(rows.values.max()) + 1 if len(rows.values) else 1
+    return rows.row_of_value * width + rows.values
+
+
+def _choose(first_B: Tensor, one: tuple[Jagged, Tensor], other: tuple[Jagged, Tensor]) -> tuple[Jagged, Tensor]:
+    """Request by request the first list where `first_B` [B] is True, else the other."""
+    lists = Jagged(
+        torch.cat([one[0].values, other[0].values]), torch.cat([one[0].offsets, other[0].offsets[1:] + len(one[1])])
+    )
+    number = torch.arange(len(first_B), device=first_B.device) + torch.where(first_B, 0, len(first_B))
+    return lists.select(number), torch.cat([one[1], other[1]])[lists.value_index(number)]
