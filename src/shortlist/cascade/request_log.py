@@ -1,0 +1,238 @@
+"""The last requests and what every stage did with them, for replay, explanation and off-policy estimates.
+
+A request only puts its record into a bounded queue; one thread writes them to a SQLite file beside the run, newest `max_rows` kept. When
+the queue is full the record is dropped and counted: an answer never waits for its log line.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Double,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    delete,
+    func,
+    insert,
+    select,
+)
+from sqlalchemy.exc import SQLAlchemyError
+
+from shortlist.cascade.meter import StageReport
+from shortlist.data.histories import Float, Int
+from shortlist.data.vocabulary import Id
+from shortlist.errors import ConfigError, DataError
+from shortlist.store.events import sqlite_engine
+
+_BATCH = 256
+_METADATA = MetaData()
+REQUESTS = Table(
+    "requests",
+    _METADATA,
+    Column("id", Integer, primary_key=True),
+    Column("request_id", String, nullable=False),
+    Column("at_ms", BigInteger, nullable=False),
+    Column("user_id", String),
+    Column("chain", String, nullable=False),
+    Column("snapshot_version", String, nullable=False),
+    Column("propensity", Double, nullable=False),
+    Column("degraded", String),
+    Column("details", LargeBinary, nullable=False),
+    Index("requests_by_request_id", "request_id"),
+    sqlite_autoincrement=True,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggedStage:
+    """Candidates as a stage left them, best first."""
+
+    name: str
+    rows: Int
+    """[C] catalogue rows."""
+    scores: Float
+    """[C]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggedRequest:
+    """One answered request."""
+
+    request_id: str
+    at_ms: int
+    """When it was answered: milliseconds since 1970 UTC."""
+    user: str | None
+    k: int
+    chain: str
+    snapshot_version: str
+    page: Sequence[Id]
+    """Item ids as shown."""
+    stages: Sequence[LoggedStage]
+    reports: Sequence[StageReport]
+    removed: Mapping[str, int] = field(default_factory=dict)
+    degraded: str | None = None
+    propensity: float = 1.0
+    """Chance with which this page was chosen; 1 where nothing is drawn."""
+
+
+class RequestLog:
+    """Bounded log with its own writer thread; `add` may be called from any thread.
+
+    Args:
+        path: SQLite file, made when missing.
+        max_rows: newest requests kept.
+        max_waiting: records that may wait for the writer; beyond that they are dropped and counted.
+
+    Raises:
+        DataError: the file is something else than a request log, or can not be made.
+        ConfigError: a bound below 1.
+    """
+
+    def __init__(self, path: Path, *, max_rows: int = 100_000, max_waiting: int = 2_000) -> None:
+        if max_rows < 1 or max_waiting < 1:
+            raise ConfigError(f"max_rows and max_waiting must be at least 1, got {max_rows} and {max_waiting}")
+        self.path = Path(path)
+        self.max_rows = max_rows
+        if not self.path.parent.is_dir():
+            raise DataError(f"{self.path.parent} is not a folder, so no request log can be made in it; create it first")
+        # A lost log line after a power cut harms nobody, so nothing waits for the disk.
+        self._engine = sqlite_engine(self.path, sync="off")
+        try:
+            _METADATA.create_all(self._engine)
+        except SQLAlchemyError as error:
+            self._engine.dispose()
+            raise DataError(f"{self.path} can not be used as a request log: {getattr(error, 'orig', error)}") from error
+        self._dropped = 0
+        self._counting = threading.Lock()
+        self._waiting: queue.Queue[_Waiting | None] = queue.Queue(max_waiting)
+        self._writer = threading.Thread(target=self._write_all, name="request-log", daemon=True)
+        self._writer.start()
+
+    def add(self, request: LoggedRequest, ids_of: Callable[[Int], list[Id | None]]) -> bool:
+        """Hand a record to the writer; False when it was dropped. `ids_of` turns rows into item ids, in the writer's thread."""
+        try:
+            self._waiting.put_nowait((request, ids_of))
+        except queue.Full:
+            self._drop(1)
+            return False
+        return True
+
+    @property
+    def dropped(self) -> int:
+        """Records lost since the start: the queue was full, or the file could not be written."""
+        return self._dropped
+
+    def find(self, request_id: str) -> dict[str, Any] | None:
+        """What is known of a request, as plain values; None when it is not, or no longer, in the log.
+
+        Keys: request_id, at_ms, user, chain, snapshot_version, propensity, degraded, k, page, removed, reports, and of each of the
+        stages its name, items and scores.
+        """
+        self.flush()
+        with self._engine.connect() as connection:
+            row = connection.execute(select(REQUESTS).where(REQUESTS.c.request_id == request_id)).first()
+        if row is None:
+            return None
+        return {
+            "request_id": row.request_id,
+            "at_ms": row.at_ms,
+            "user": row.user_id,
+            "chain": row.chain,
+            "snapshot_version": row.snapshot_version,
+            "propensity": row.propensity,
+            "degraded": row.degraded,
+            **json.loads(zlib.decompress(row.details)),
+        }
+
+    def __len__(self) -> int:
+        """Requests in the file."""
+        self.flush()
+        with self._engine.connect() as connection:
+            return int(connection.scalar(select(func.count()).select_from(REQUESTS)) or 0)
+
+    def flush(self) -> None:
+        """Wait until everything that was added so far is written."""
+        if self._writer.is_alive():
+            self._waiting.join()
+
+    def close(self) -> None:
+        """Write what waits and let go of the file."""
+        if self._writer.is_alive():
+            self._waiting.put(None)
+            self._writer.join()
+        self._engine.dispose()
+
+    def _write_all(self) -> None:
+        """The writer: takes what waits, up to a batch, and writes it in one transaction."""
+        running = True
+        while running:
+            taken = [self._waiting.get()]
+            while len(taken) < _BATCH and not self._waiting.empty():
+                taken.append(self._waiting.get_nowait())
+            records = [record for record in taken if record is not None]
+            running = len(records) == len(taken)
+            try:
+                self._write(records)
+            except Exception:  # the log must never take the server down; what is lost is counted
+                self._drop(len(records))
+            for _ in taken:
+                self._waiting.task_done()
+
+    def _write(self, records: Sequence[_Waiting]) -> None:
+        if not records:
+            return
+        rows = [_row(request, ids_of) for request, ids_of in records]
+        with self._engine.begin() as connection:
+            connection.execute(insert(REQUESTS), rows)
+            newest = select(func.max(REQUESTS.c.id)).scalar_subquery()
+            connection.execute(delete(REQUESTS).where(REQUESTS.c.id <= newest - self.max_rows))
+
+    def _drop(self, count: int) -> None:
+        with self._counting:
+            self._dropped += count
+
+
+_Waiting = tuple[LoggedRequest, Callable[[Int], list[Id | None]]]
+
+
+def _row(request: LoggedRequest, ids_of: Callable[[Int], list[Id | None]]) -> dict[str, Any]:
+    details = {
+        "k": request.k,
+        "page": list(request.page),
+        "stages": [
+            {"name": stage.name, "items": ids_of(stage.rows), "scores": _numbers(stage.scores)}
+            for stage in request.stages
+        ],
+        "reports": [asdict(report) for report in request.reports],
+        "removed": dict(request.removed),
+    }
+    return {
+        "request_id": request.request_id,
+        "at_ms": request.at_ms,
+        "user_id": request.user,
+        "chain": request.chain,
+        "snapshot_version": request.snapshot_version,
+        "propensity": request.propensity,
+        "degraded": request.degraded,
+        "details": zlib.compress(json.dumps(details).encode(), level=1),
+    }
+
+
+def _numbers(scores: Float) -> list[float | None]:
+    """Scores with the digits a float32 has; None where one is no finite number, since JSON has none."""
+    return [float(f"{value:.8g}") if np.isfinite(value) else None for value in scores.tolist()]
