@@ -279,9 +279,7 @@ def build_dataset(log: EventLog, config: DataConfig | None = None) -> Dataset:
     num_users = int(np.count_nonzero(np.diff(events.histories.keep(training).offsets)))
     known_items = np.zeros(len(item_ids) + 1, dtype=bool)
     known_items[events.histories.item[training]] = True
-    schema, item_frame, user_frame = infer_schema(
-        log, config.context, events, training, item_ids, user_ids, known_items, num_users
-    )
+    schema, item_frame, user_frame = infer_schema(log, config.context, events, training, item_ids, user_ids)
     actions = _training_actions(events, training)
     histories = replace(events.histories, action=actions.row_of[events.histories.action])
     schema = replace(schema, actions=actions.names)
@@ -295,8 +293,7 @@ def build_dataset(log: EventLog, config: DataConfig | None = None) -> Dataset:
     split = split_requests(
         histories, plan, used, is_target=_targets(events, config), repeats=repeats, context=event_context
     )
-    if used is not config:
-        split = replace(split, note=f"The log has no clock, so it can not be split by time. {split.note}")
+    split = replace(split, note=_note(split.note, config, used))
     space = Space(
         items=field_table(schema.of("item"), item_frame),
         known_items=torch.from_numpy(known_items),
@@ -323,6 +320,12 @@ def build_dataset(log: EventLog, config: DataConfig | None = None) -> Dataset:
         repeats=repeats,
         config=config,
     )
+
+
+def _note(note: str, config: DataConfig, used: DataConfig) -> str:
+    clock = "" if used is config else "The log has no clock, so it can not be split by time. "
+    core = f" Only users and items with at least {config.kcore} events, held-out ones counted." if config.kcore else ""
+    return f"{clock}{note}{core}"
 
 
 def _check(log: EventLog, config: DataConfig) -> None:

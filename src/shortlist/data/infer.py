@@ -28,6 +28,8 @@ CANONICAL = frozenset({
     "user_id", "item_id", "timestamp", "action", "group_id", "request_id", "basket_id", "position", "value", "bid", "query", "propensity",
 })  # fmt: skip
 """Columns of an event log that have a meaning of their own and are no fields."""
+# No column of a log can have these names.
+_ITEM, _USER, _GROUP = "\0item", "\0user", "\0group"
 MAX_VALUES = 100_000
 MAX_WORDS = 20_000
 MIN_WORD_COUNT = 2
@@ -46,6 +48,7 @@ _ID_LIKE = re.compile(
 _IMAGE_HEADS = (b"\x89PNG", b"\xff\xd8\xff")
 _TITLES = (
     "title", "name", "item_name", "product_name", "item_title", "product_title", "movie_title", "short_text", "headline", "description",
+    "product_type",
 )  # fmt: skip
 
 
@@ -66,49 +69,35 @@ def infer_schema(
     training: NDArray[np.bool_],
     item_ids: Vocabulary,
     user_ids: Vocabulary,
-    known_items: NDArray[np.bool_],
-    num_users: int,
 ) -> tuple[Schema, pl.DataFrame, pl.DataFrame]:
-    """Fields of all sides, and the raw columns of items and users in row order (row 1 first)."""
-    items = _in_row_order(item_ids, log.items, "item_id")
-    users = _in_row_order(user_ids, log.users, "user_id")
-    declared = set(context)
-    open_columns = [name for name in log.events.columns if name not in CANONICAL and name not in log.roles.labels]
-    past = pl.DataFrame({
-        "item_row": events.histories.item[training],
-        "user_row": events.histories.user_of_event[training],
-        "group": events.histories.group[training],
-    })  # fmt: skip
-    row = events.row[training]
-    free = [name for name in open_columns if name not in declared]
-    raw = past.with_columns(column_of(log.events, name, row).alias(f"raw {name}") for name in free)
-    raw_names = [f"raw {name}" for name in free]
-    of_item, item_values = constant_columns(raw, "item_row", [n for n in raw_names if n[4:] not in items.columns])
-    rest = [n for n in raw_names if n not in of_item and n[4:] not in users.columns]
-    of_user, user_values = constant_columns(raw, "user_row", rest)
-    items = _lifted(items, item_values, "item_row")
-    users = _lifted(users, user_values, "user_row")
+    """Fields of all sides, and the raw columns of items and users in row order (row 1 first).
 
-    item_fields, unused_i = fit_fields(
-        items.filter(known_items[1:]), "item", [n for n in items.columns if n != "item_id"]
+    Args:
+        context: event columns known before the event.
+        training: [N] events that may be learned from; users with training events have the lowest rows.
+
+    Raises DataError where a context column is no single value.
+    """
+    past, row = events.histories.keep(training), events.row[training]
+    open_columns = [name for name in log.events.columns if name not in {*CANONICAL, *log.roles.labels, *context}]
+    items, users, outcomes = _with_event_columns(
+        _in_row_order(item_ids, log.items, "item_id"),
+        _in_row_order(user_ids, log.users, "user_id"),
+        pl.DataFrame({_ITEM: past.item, _USER: past.user_of_event, _GROUP: past.group}).with_columns(
+            column_of(log.events, name, row) for name in open_columns
+        ),
     )
-    user_fields, unused_u = fit_fields(users.head(num_users), "user", [n for n in users.columns if n != "user_id"])
-    known = pl.DataFrame({name: column_of(log.events, name, row) for name in context})
-    context_fields, unused_c = fit_fields(known, "context", context)
+    known_items = items[np.unique(past.item) - 1]
+    known_users = users[np.unique(past.user_of_event) - 1]
+    known_context = pl.DataFrame({name: column_of(log.events, name, row) for name in context})
+    item_fields, unused_i = fit_fields(known_items, "item", items.columns[1:])
+    user_fields, unused_u = fit_fields(known_users, "user", users.columns[1:])
+    context_fields, unused_c = fit_fields(known_context, "context", context)
     for f in context_fields:
         if f.kind not in ("Categorical", "Numeric"):
             raise DataError(
                 f"context column {f.column!r} was read as {f.kind}; only single values can be context: drop it from `context`"
             )
-    outcomes = [
-        Unused(
-            side="context",
-            column=n[4:],
-            why="varies from event to event and is not named in `context`: taken as an outcome",
-        )
-        for n in raw_names
-        if n not in of_item and n not in of_user and n[4:] not in items.columns and n[4:] not in users.columns
-    ]
     schema = Schema(
         roles={name: value for name, value in asdict(log.roles).items() if isinstance(value, str) and value},
         has_clock=log.has_clock,
@@ -121,18 +110,31 @@ def infer_schema(
 
 
 def _in_row_order(ids: Vocabulary, table: pl.DataFrame | None, name: str) -> pl.DataFrame:
+    """The table's columns behind the id column, one row per id of the vocabulary."""
     frame = pl.DataFrame({name: ids.ids})
     return frame if table is None else frame.join(table, on=name, how="left", maintain_order="left")
 
 
-def _lifted(frame: pl.DataFrame, values: pl.DataFrame, row: str) -> pl.DataFrame:
-    """The frame with the columns that its training events say of its rows; rows without training events stay missing."""
-    columns = {name: name.removeprefix("raw ") for name in values.columns if name != row}
-    if not columns:
-        return frame
-    numbered = frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias("\0row"))
-    joined = numbered.join(values.rename(columns), left_on="\0row", right_on=row, how="left", maintain_order="left")
-    return joined.drop("\0row")
+def _with_event_columns(
+    items: pl.DataFrame, users: pl.DataFrame, events: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.DataFrame, list[Unused]]:
+    """Items and users with the columns that training events say of them, and the columns that stay outcomes.
+
+    Rows without training events stay missing there. A column that the table has itself is not overwritten.
+    """
+    names = events.columns[3:]
+    of_item, item_values = constant_columns(events, _ITEM, [n for n in names if n not in items.columns])
+    of_user, user_values = constant_columns(events, _USER, [n for n in names if n not in {*of_item, *users.columns}])
+    taken = {*of_item, *of_user, *items.columns, *users.columns}
+    why = "varies from event to event and is not named in `context`: taken as an outcome"
+    outcomes = [Unused(side="context", column=name, why=why) for name in names if name not in taken]
+    return _joined(items, item_values, _ITEM), _joined(users, user_values, _USER), outcomes
+
+
+def _joined(frame: pl.DataFrame, values: pl.DataFrame, row: str) -> pl.DataFrame:
+    """The frame, whose first row is row 1, with the columns of `values` by row number."""
+    numbered = frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias(row))
+    return numbered.join(values, on=row, how="left", maintain_order="left").drop(row)
 
 
 def fit_fields(frame: pl.DataFrame, side: Side, columns: Collection[str]) -> tuple[list[FittedField], list[Unused]]:
@@ -154,7 +156,7 @@ def title_column(frame: pl.DataFrame, fitted: Collection[FittedField]) -> str | 
     for name in _TITLES:
         if name in lower:
             return lower[name]
-    return next((f.column for f in fitted if f.kind == "Text" or f.split == WORDS), None)
+    return next((f.column for f in fitted if f.kind == "Text"), None)
 
 
 def constant_columns(events: pl.DataFrame, owner: str, columns: Collection[str]) -> tuple[list[str], pl.DataFrame]:
@@ -163,7 +165,7 @@ def constant_columns(events: pl.DataFrame, owner: str, columns: Collection[str])
     A column counts where nearly all owners with several groups have one value throughout (a few customers move house).
 
     Args:
-        events: training events in time order, with `group` and the column `owner`.
+        events: training events in time order, with their group and the column `owner`.
         owner: column of item or user rows.
         columns: those to be judged; lists and binaries are never taken.
     """
@@ -172,7 +174,7 @@ def constant_columns(events: pl.DataFrame, owner: str, columns: Collection[str])
         return [], pl.DataFrame({owner: []}, schema={owner: pl.Int64})
     differs = [(pl.col(name).min() != pl.col(name).max()).alias(f"differs_{i}") for i, name in enumerate(scalar)]
     newest = [pl.col(name).drop_nulls().last() for name in scalar]
-    several = (pl.col("group").min() != pl.col("group").max()).alias("several_groups")
+    several = (pl.col(_GROUP).min() != pl.col(_GROUP).max()).alias("several_groups")
     table = events.group_by(owner).agg(*newest, *differs, several)
     judges = table.filter("several_groups")
     chosen = []
