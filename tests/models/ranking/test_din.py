@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ranking_support import batch_of, groups_batch, groups_space, rich_batch, rich_space, share_right, space_of, train
 from shortlist.data.histories import Histories, View
+from shortlist.data.jagged import Jagged
 from shortlist.data.schema import FieldTable
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
@@ -38,30 +39,33 @@ def test_activation_unit_by_hand():
     last.bias.fill_(0.5)
     query, key = torch.tensor([[3.0]]), torch.tensor([[2.0]])
     assert unit.plain(query, key).item() == 2.5
-    assert unit(query, key, unit.queries(query) + unit.keys(key)).item() == 2.5
+    assert unit.eval()(query[None], key[None], torch.ones(1, 1, 1, dtype=torch.bool)).item() == 2.5
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("weights", "expected"), [("none", 6.5), ("softmax", None), ("sigmoid", None)])
-def test_interest_by_hand_in_one_dimension(weights, expected):
-    """The unit gives q * k; past items are 1, 2 and the candidate 1.3, so the outputs are 1.3 and 2.6."""
-    config = replace(TINY, dim=1, unit_widths=(1,), activation="relu", weights=weights)
+@pytest.mark.parametrize("weights", ["none", "softmax", "sigmoid"])
+def test_interest_by_hand(weights):
+    """The unit gives the product of first coordinates; past items are 1, 2 and the candidate 1.3: outputs 1.3 and 2.6."""
+    config = replace(TINY, dim=4, unit_widths=(1,), activation="relu", weights=weights)
     model = made(config, space_of(3))
-    model.items.ids.rows.weight.copy_(torch.tensor([[0.0], [1.0], [2.0], [1.3]]))
+    model.items.ids.rows.weight.zero_()
+    model.items.ids.rows.weight[:, 0] = torch.tensor([0.0, 1.0, 2.0, 1.3])
     first, last = model.unit.mlp.layers[0], model.unit.mlp.layers[-1]
-    first.weight.copy_(torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
+    first.weight.zero_()
+    first.weight[0, 12] = 1.0
     first.bias.zero_()
     last.weight.fill_(1.0)
     last.bias.zero_()
     state = model.user_state(batch_of([[1, 2], []], [[3], [3]]))
-    found = model.interest(state, torch.tensor([[1.3], [1.3]]), torch.tensor([0, 1]))
-    if weights == "softmax":
-        a, b = math.exp(1.3), math.exp(2.6)
-        expected = (a * 1 + b * 2) / (a + b)
-    if weights == "sigmoid":
-        expected = 1 / (1 + math.exp(-1.3)) + 2 / (1 + math.exp(-2.6))
-    assert found[0].item() == pytest.approx(expected, rel=1e-5)
-    assert found[1].item() == 0  # no history: nothing, not NaN
+    found = model.interest(state, Jagged(model.items(torch.tensor([3, 3])), torch.tensor([0, 1, 2])))
+    a, b = math.exp(1.3 / 2), math.exp(2.6 / 2)  # the root of 4 dimensions
+    expected = {
+        "none": 1.3 * 1 + 2.6 * 2,
+        "softmax": (a * 1 + b * 2) / (a + b),
+        "sigmoid": 1 / (1 + math.exp(-1.3)) + 2 / (1 + math.exp(-2.6)),
+    }
+    assert found[0].tolist() == pytest.approx([expected[weights], 0, 0, 0], rel=1e-5)
+    assert found[1].tolist() == [0, 0, 0, 0]  # no history: nothing, not NaN
 
 
 @torch.no_grad()
@@ -74,9 +78,9 @@ def test_fast_attention_agrees_with_the_plain_one(weights, pairs_at_once):
         p.normal_(std=0.5)
     batch = rich_batch(PAST, OFFERED)
     state, rows = model.user_state(batch), batch.candidate_rows
-    item = model.items(rows.values)
-    fast = model.interest(state, item, rows.row_of_value)
-    torch.testing.assert_close(fast, model.plain_interest(state, item, rows.row_of_value), rtol=1e-5, atol=1e-5)
+    items = rows.with_values(model.items(rows.values))
+    fast = model.interest(state, items)
+    torch.testing.assert_close(fast, model.plain_interest(state, items), rtol=1e-5, atol=1e-5)
     assert (fast[:3].abs().sum(1) > 0).all()
     assert (fast[3:5] == 0).all()
 
@@ -88,7 +92,7 @@ def test_fast_attention_has_the_plain_one_s_gradient():
         batch = rich_batch(PAST, OFFERED)
         state, rows = model.user_state(batch), batch.candidate_rows
         attend = model.plain_interest if plain else model.interest
-        attend(state, model.items(rows.values), rows.row_of_value).sin().sum().backward()
+        attend(state, rows.with_values(model.items(rows.values))).sin().sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():

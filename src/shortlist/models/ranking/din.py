@@ -13,9 +13,8 @@ Differences from the paper:
 5. In the regulariser, n_j counts the events of item j in the training log: the paper's count over training samples is not known
    before the samples are drawn. The unknown row is left out.
 
-B requests, t candidates end to end, E history events end to end, L longest history, p (candidate, event) pairs end to end, D width of
-a vector, P first hidden width of the activation unit, R of the request's side, V of a candidate's side, W first hidden layer of the
-tower, T tasks.
+B requests, C most candidates of a request, t candidates end to end, E history events end to end, L longest history, p (candidate, event)
+pairs end to end, D width of a vector, P first hidden width of the activation unit, W of the tower, T tasks.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torch.nn.functional import linear
 
 from shortlist.data.batches import Batch, Candidates
 from shortlist.data.histories import View
-from shortlist.data.jagged import segment_sum
+from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
@@ -89,7 +88,7 @@ class DINConfig:
     pair_bins: int = 8
     """Bins of the piecewise-linear curve that each pair field may take; 0 = linear."""
     pairs_at_once: int = 1_000_000
-    """(candidate, event) pairs in memory at a time when scoring; training holds all pairs of a batch, for its gradient."""
+    """(candidate, event) pairs, padding included, in memory at a time when scoring; training holds all of a batch's for its gradient."""
     table: TableChoice = TableChoice()  # noqa: RUF009  (frozen)
     """Which table holds the id rows."""
 
@@ -111,42 +110,37 @@ class DINConfig:
 class ActivationUnit(nn.Module):
     """a(k, q): how much the past event k matters for the candidate q, one number, from MLP([q, k, q - k, q * k]).
 
-    The first linear map is taken apart: W [q, k, q - k, q * k] = (W1 + W3) q + (W2 - W3) k + W4 (q * k). The first part is computed
-    once per candidate and the second once per event, so that a pair costs a quarter of the work and no [p, 4 D] is made.
+    For one candidate the first linear map is linear in k: W [q, k, q - k, q * k] + b = (W2 - W3 + W4 diag(q)) k + (W1 + W3) q + b. So
+    all pairs of a request are one matrix product of its past with the candidates' matrices, a quarter of the plain work, and neither
+    the [.., 4 D] input nor any product q * k is made.
     """
 
     def __init__(self, dim: int, widths: tuple[int, ...], activation: Activation) -> None:
         super().__init__()
         self.dim = dim
         self.mlp = MLP(4 * dim, widths, 1, activation=activation)
-        self.project_flops = 2 * dim * widths[0]
-        self.pair_flops = self.mlp.flops_per_row - 3 * self.project_flops
+        self.query_flops = 2 * dim * widths[0]
+        self.pair_flops = self.mlp.flops_per_row - 3 * self.query_flops
 
     def plain(self, query_pD: Tensor, key_pD: Tensor) -> Tensor:
         """[p] for pairs of candidate and event, by the formula as it stands."""
         return self.mlp(torch.cat([query_pD, key_pD, query_pD - key_pD, query_pD * key_pD], dim=1)).squeeze(1)
 
-    def queries(self, query_tD: Tensor) -> Tensor:
-        """The candidates' part of the first layer, bias included: [t, P]."""
-        first = self._first
-        w1, _, w3, _ = first.weight.split(self.dim, dim=1)
-        return linear(query_tD, w1 + w3, first.bias)
-
-    def keys(self, key_ED: Tensor) -> Tensor:
-        """The events' part of the first layer: [E, P]."""
-        _, w2, w3, _ = self._first.weight.split(self.dim, dim=1)
-        return linear(key_ED, w2 - w3)
-
-    def forward(self, query_pD: Tensor, key_pD: Tensor, parts_pP: Tensor) -> Tensor:
-        """[p], as `plain`, given the sum of both parts for each pair."""
-        hidden_pP = linear(query_pD * key_pD, self._first.weight[:, 3 * self.dim :]) + parts_pP
-        return self.mlp.layers[1:](hidden_pP).squeeze(1)
-
-    @property
-    def _first(self) -> nn.Linear:
+    def forward(self, query_BCD: Tensor, key_BLD: Tensor, is_pair_BLC: Tensor) -> Tensor:
+        """[B, L, C] for every event with every candidate of its request; any finite number where the mask is False."""
         first = self.mlp.layers[0]
         assert isinstance(first, nn.Linear)
-        return first
+        w1_PD, w2_PD, w3_PD, w4_PD = first.weight.split(self.dim, dim=1)
+        matrix_BDCP = query_BCD.transpose(1, 2)[..., None] * w4_PD.T[:, None] + (w2_PD - w3_PD).T[:, None]
+        shift_BCP = linear(query_BCD, w1_PD + w3_PD, first.bias)
+        hidden_BLx = torch.baddbmm(shift_BCP.flatten(1)[:, None], key_BLD, matrix_BDCP.flatten(2))
+        hidden_BLCP = hidden_BLx.view(*is_pair_BLC.shape, len(w1_PD))
+        rest = self.mlp.layers[1:]
+        if not self.training:
+            return rest(hidden_BLCP).squeeze(3)
+        # Batch statistics (Dice) are over the pairs there are, not over padding.
+        output_p = rest(hidden_BLCP[is_pair_BLC]).squeeze(1)
+        return output_p.new_zeros(is_pair_BLC.shape).masked_scatter(is_pair_BLC, output_p)
 
 
 class DINState(NamedTuple):
@@ -154,8 +148,6 @@ class DINState(NamedTuple):
 
     past_BLD: Tensor
     """Vectors of the past events, oldest first, then 0."""
-    past_BLP: Tensor
-    """Their part of the activation unit's first layer."""
     is_real_BL: Tensor
     """True where there is an event."""
     request_BW: Tensor
@@ -211,61 +203,59 @@ class DIN(Ranker):
         history = batch.history.last(self.max_history)
         past_ED = self.marks(self.items(history.items.values), history, batch.time)
         past_BLD, is_real_BL = history.items.with_values(past_ED).padded()
-        return DINState(past_BLD, self.unit.keys(past_BLD), is_real_BL, self.head.request_side(self.request(batch)))
+        return DINState(past_BLD, is_real_BL, self.head.request_side(self.request(batch)))
 
     def score_candidates(self, state: DINState, candidates: Candidates) -> Scores:
         """Logits [t] per task."""
         rows = candidates.rows
         item_tD = self.items(rows.values)
-        interest_tD = self.interest(state, item_tD, rows.row_of_value)
+        interest_tD = self.interest(state, rows.with_values(item_tD))
         parts = [item_tD, interest_tD, self.pair(candidates.pair, len(item_tD))]
         if self.config.cross:
             parts.append(item_tD * interest_tD)
         logit_tT = self.head(state.request_BW, torch.cat(parts, dim=1), rows.row_of_value)
         return dict(zip(self.space.tasks, logit_tT.unbind(1)))
 
-    def interest(self, state: DINState, item_tD: Tensor, row_of_t: Tensor) -> Tensor:
+    def interest(self, state: DINState, items: Jagged) -> Tensor:
         """The user as each candidate sees them (equation 3), float32 [t, D]; 0 where there is no history.
 
-        Works on the real (candidate, event) pairs alone, `pairs_at_once` of them at a time when scoring.
+        Scoring takes the candidates in slices of C, so that B x C x L is no more than `pairs_at_once` at a time (with at
+        least one candidate of every request).
         """
-        longest = state.is_real_BL.shape[1]
-        step = len(item_tD) if self.training else self.config.pairs_at_once // longest
-        step = max(step, 1)
-        chunks = zip(item_tD.split(step), row_of_t.split(step))
-        return torch.cat([self._interest(state, item_cD, row_of_c) for item_cD, row_of_c in chunks])
+        item_BCD, is_item_BC = items.padded()
+        step = self.config.pairs_at_once // max(state.is_real_BL.numel(), 1)
+        step = item_BCD.shape[1] if self.training else max(step, 1)
+        slices = zip(item_BCD.split(step, dim=1), is_item_BC.split(step, dim=1))
+        return torch.cat([self._interest(state, *each) for each in slices], dim=1)[is_item_BC]
 
-    def _interest(self, state: DINState, item_tD: Tensor, row_of_t: Tensor) -> Tensor:
-        is_real_tL = state.is_real_BL[row_of_t]
-        t_of_p, place_of_p = is_real_tL.nonzero(as_tuple=True)
-        event_of_p = row_of_t[t_of_p] * is_real_tL.shape[1] + place_of_p
-        past_pD = state.past_BLD.flatten(0, 1)[event_of_p]
-        parts_pP = state.past_BLP.flatten(0, 1)[event_of_p] + self.unit.queries(item_tD)[t_of_p]
-        output_p = self.unit(item_tD[t_of_p], past_pD, parts_pP)
-        weight_p = self._weights(output_p, is_real_tL)
-        return segment_sum(weight_p[:, None] * past_pD, t_of_p, len(item_tD))
+    def _interest(self, state: DINState, item_BCD: Tensor, is_item_BC: Tensor) -> Tensor:
+        is_pair_BLC = state.is_real_BL[:, :, None] & is_item_BC[:, None, :]
+        output_BLC = self.unit(item_BCD, state.past_BLD, is_pair_BLC)
+        return self._weights(output_BLC, is_pair_BLC).transpose(1, 2) @ state.past_BLD
 
-    def _weights(self, output_p: Tensor, is_real_tL: Tensor) -> Tensor:
-        """Weights [p] from outputs [p] of the pairs where the mask [t, L] is True, in its order."""
+    def _weights(self, output_BLC: Tensor, is_pair_BLC: Tensor) -> Tensor:
+        """Weights [B, L, C] of the events for each candidate; 0 where the mask is False."""
         match self.config.weights:
             case "none":
-                return output_p
+                weight_BLC = output_BLC
             case "sigmoid":
-                return output_p.sigmoid()
+                weight_BLC = output_BLC.sigmoid()
             case _:
-                # The lowest finite number, not -inf: a candidate without history must not make NaN.
-                logit_tL = output_p.new_full(is_real_tL.shape, torch.finfo(output_p.dtype).min)
-                logit_tL = logit_tL.masked_scatter(is_real_tL, output_p / self.config.dim**0.5)
-                return logit_tL.softmax(1)[is_real_tL]
+                # The lowest finite number, not -inf: a request without history must not make NaN.
+                lowest = torch.finfo(output_BLC.dtype).min
+                weight_BLC = (output_BLC / self.config.dim**0.5).masked_fill(~is_pair_BLC, lowest).softmax(1)
+        return weight_BLC.masked_fill(~is_pair_BLC, 0)
 
-    def plain_interest(self, state: DINState, item_tD: Tensor, row_of_t: Tensor) -> Tensor:
+    def plain_interest(self, state: DINState, items: Jagged) -> Tensor:
         """As `interest`, candidate by candidate and by the formula as it stands: the reference of tests and benchmarks."""
         interests = []
-        for item_D, row in zip(item_tD, row_of_t.tolist()):
+        for item_D, row in zip(items.values, items.row_of_value.tolist()):
             past_LD = state.past_BLD[row, state.is_real_BL[row]]
             output_L = self.unit.plain(item_D.expand_as(past_LD), past_LD)
-            weight_L = self._weights(output_L, torch.ones(1, len(output_L), dtype=torch.bool, device=item_D.device))
-            interests.append(weight_L @ past_LD)
+            weight_1L1 = self._weights(
+                output_L[None, :, None], torch.ones_like(output_L, dtype=torch.bool)[None, :, None]
+            )
+            interests.append(weight_1L1[0, :, 0] @ past_LD)
         return torch.stack(interests)
 
     def losses(self, batch: Batch) -> Losses:
@@ -286,15 +276,13 @@ class DIN(Ranker):
         return self.config.mba / 2 * (squares / self.num_events[read]).sum()
 
     def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
-        """Once: vectors and first-layer parts of the past, and the request's layer. Per candidate: one activation unit per event."""
+        """Once: vectors of the past and the request's layer. Per candidate: its vector, one activation unit per event, the tower."""
         num_past = min(shape.num_history, self.max_history)
         item = linear_flops(self.items)
-        user = num_past * (item + self.unit.project_flops) + linear_flops(self.request) + self.head.request_flops
-        attend = self.unit.project_flops + num_past * (self.unit.pair_flops + 2 * self.config.dim)
-        num_rows = shape.num_candidates + (0 if cached else num_past)
-        state = num_past * (self.config.dim + self.config.unit_widths[0]) if cached else 0
+        user = num_past * item + linear_flops(self.request) + self.head.request_flops
+        attend = 2 * self.unit.query_flops + num_past * (self.unit.pair_flops + 2 * self.config.dim)
         return Cost(
             user_flops=0.0 if cached else float(user),
             item_flops=float(item + attend + self.head.candidate_flops),
-            bytes=dense_bytes(self) + 4.0 * (self.config.dim * num_rows + state),
+            bytes=dense_bytes(self) + 4.0 * self.config.dim * (shape.num_candidates + num_past),
         )

@@ -156,7 +156,8 @@ class MMR(Reranker):
         for row, boost in config.boosts.items():
             self.boost_N[row] = boost
         for place, row in enumerate(config.pins):
-            self.pin_N[row] = len(config.pins) - place  # the first pin weighs most; 0 is no pin
+            # The first pin weighs most, 0 is no pin; likeness takes 1 at most, so that steps of 2 keep the order.
+            self.pin_N[row] = 2 * (len(config.pins) - place)
 
     def rerank(self, batch: Batch, scores: Tensor, k: int) -> Retrieved:
         """The page, greedily; ties keep the ranker's order. NaN ranks last.
@@ -176,7 +177,7 @@ class MMR(Reranker):
         shown: list[Tensor] = []
         values: list[Tensor] = []
         for _ in range(min(k, rows_BC.shape[1])):
-            value_BC = relevant_BC - (1 - self.config.relevance) * closest_BC.masked_fill(pin_BC > 0, 0)
+            value_BC = relevant_BC - (1 - self.config.relevance) * closest_BC
             allowed_BC = self._allowed(open_BC, pin_BC, used)
             value_B1, best_B1 = value_BC.masked_fill(~allowed_BC, -torch.inf).max(1, keepdim=True)
             found_B1 = allowed_BC.any(1, keepdim=True)
