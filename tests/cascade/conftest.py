@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from shortlist import registry
+from shortlist.cascade.cascade import Cascade, stage_space
+from shortlist.cascade.config import RunConfig
 from shortlist.data.batches import Batch
 from shortlist.models.base import Cost, ItemScorer, RequestShape, Reranker, top_k_of_candidates
 from shortlist.registry import ENVIRONMENT, system
+from support import planted_view
 
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 _TINY = str(Path(__file__).parent.parent / "contracts" / "systems")
 if _TINY not in os.environ.get(ENVIRONMENT, "").split(os.pathsep):
     os.environ[ENVIRONMENT] = os.pathsep.join(filter(None, [os.environ.get(ENVIRONMENT), _TINY]))
@@ -63,3 +67,21 @@ def own_systems(monkeypatch):
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
     system("tiny-reverse", stage="re-ranking", paper="baseline")(Reverse)
     system("tiny-counting", stage="retrieval", paper="baseline", cold_users=True)(Counting)
+
+
+@pytest.fixture
+def make_cascade():
+    """Build a cascade over the planted shop from TOML: every system prepared, none trained."""
+
+    def make(text: str) -> Cascade:
+        config, view = RunConfig.from_toml(text), planted_view()
+        systems = {}
+        for stage in config.stages:
+            for name in stage.systems:
+                torch.manual_seed(0)
+                choice = config.systems[name]
+                systems[name] = choice.entry.cls(choice.settings, stage_space(config, view.space, stage.name))
+                systems[name].prepare(view)
+        return Cascade(config, view.space, systems)
+
+    return make

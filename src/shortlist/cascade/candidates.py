@@ -19,6 +19,8 @@ RRF_CONSTANT = 60
 """The constant of reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009)."""
 SPREAD, CLIP = 3.0, 2.0
 """In-request standardised scores: so many deviations make 1, and nothing goes beyond +-2."""
+ROUNDING = 1e-5
+"""Standardised scores nearer than this share a place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,8 @@ def standardise(rows: Jagged, scores_ST: Tensor) -> tuple[Tensor, Tensor]:
     spread = torch.where(deviation > 1e-9 * (1 + values.abs()), centred / (SPREAD * deviation).clamp(min=1e-300), 0.0)
 
     lists = (request + torch.arange(num_systems, device=request.device)[:, None] * rows.num_rows).flatten()
-    flat = scores_ST.flatten()
+    # Scores that are equal but for rounding, which differs with the batch, count as equal.
+    flat = (spread / ROUNDING).round().T.flatten()
     order = flat.argsort(stable=True)
     order = order[lists[order].argsort(stable=True)]
     new_group = torch.ones(len(order), dtype=torch.bool, device=order.device)

@@ -125,7 +125,8 @@ class _Funnel:
     """Candidates, best first."""
     scores: Tensor
     """What they were last ordered by."""
-    wants_pairs: bool
+    wants_pairs: bool = False
+    """Whether a later stage reads pair fields."""
     pair: dict[str, Tensor] = field(default_factory=dict)
     """Pair fields so far, [total] each."""
     raw: dict[str, Tensor] = field(default_factory=dict)
@@ -213,9 +214,11 @@ class Cascade:
         k = self.config.surface.k if k is None else k
         if k < 1:
             raise ConfigError(f"k must be at least 1, got {k}")
-        funnel = self._start(batch, allowed, wants_pairs=self._has_ranker(chosen.actions))
+        funnel = self._start(batch, allowed)
+        last_reader = max((n for n, action in enumerate(chosen.actions) if self._reads_pairs(action)), default=0)
         traces = []
         for number, action in enumerate(chosen.actions):
+            funnel.wants_pairs = number < last_reader
             watch = Watch(deadline=deadline)
             traces.append(self._stage(funnel, number, action, max(action.keep or k, k), watch, given=candidates))
         rows, scores = self._page(funnel, traces, k, may_search=candidates is None)
@@ -227,7 +230,8 @@ class Cascade:
         number = [s.name for s in self.config.stages].index(stage)
         if not number:
             raise ConfigError(f"nothing comes before {stage}, the first stage")
-        funnel = self._start(batch, None, wants_pairs=True)
+        funnel = self._start(batch, None)
+        funnel.wants_pairs = True
         k = self.config.surface.k
         for n, action in enumerate(self.config.default_chain.actions[:number]):
             self._stage(funnel, n, action, max(action.keep or k, k), Watch(strict=True))
@@ -338,7 +342,7 @@ class Cascade:
             wrong = ~contained(shown, funnel.rows) | ~torch.isfinite(page.scores[real_BK])
             bad_B = torch.zeros(funnel.batch.size, dtype=torch.bool, device=self.device)
             bad_B[shown.row_of_value[wrong]] = True
-            watch.note_bad(name, bad_B)
+            watch.note_bad(name, bad_B, "items that are no candidates, or scores that are no numbers")
             rows, scores = _choose(bad_B, (rows, scores), (shown, page.scores[real_BK]))
         funnel.rows, funnel.scores, funnel.pair, funnel.raw = rows, scores, {}, {}
 
@@ -361,7 +365,7 @@ class Cascade:
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _start(self, batch: Batch, allowed: Tensor | None, *, wants_pairs: bool) -> _Funnel:
+    def _start(self, batch: Batch, allowed: Tensor | None) -> _Funnel:
         batch = batch if batch.user.device == self.device else batch.to(self.device)
         if allowed is not None and allowed.shape != (self.space.num_items + 1,):
             raise ConfigError(
@@ -369,7 +373,7 @@ class Cascade:
             )
         blocked = Blocked(self.space.num_items, batch.excluded, None if allowed is None else allowed.to(self.device))
         nothing = Jagged.from_lengths(batch.user[:0], torch.zeros_like(batch.user))
-        return _Funnel(batch, blocked, nothing, torch.zeros(0, device=self.device), wants_pairs)
+        return _Funnel(batch, blocked, nothing, torch.zeros(0, device=self.device))
 
     def _add_pairs(self, funnel: _Funnel) -> None:
         if funnel.wants_pairs:
@@ -380,9 +384,12 @@ class Cascade:
             return self.config.default_chain
         return chain if isinstance(chain, Chain) else self.config.chain(chain)
 
-    def _has_ranker(self, actions: Sequence[Action]) -> bool:
-        """Whether anything will read pair fields."""
-        return any(isinstance(self.systems[name], Ranker) for action in actions for name in action.systems)
+    def _reads_pairs(self, action: Action) -> bool:
+        """Rankers always may; other systems say so."""
+        return any(
+            isinstance(self.systems[name], Ranker) or "pair" in self.config.systems[name].entry.needs
+            for name in action.systems
+        )
 
     def _sizes(self, funnel: _Funnel) -> tuple[float, float, int]:
         """Mean events and mean candidates of a request, and the catalogue's size."""

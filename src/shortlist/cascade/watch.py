@@ -69,10 +69,10 @@ class Watch:
             return None
         return box.result if box.error is None else self._failed(what, box.error)
 
-    def note_bad(self, what: str, bad_B: Tensor) -> None:
-        """Note requests whose scores were no numbers, bool [B]."""
+    def note_bad(self, what: str, bad_B: Tensor, fault: str = "scores that are no numbers") -> None:
+        """Note requests for which something gave what can not be used, bool [B]."""
         if bool(bad_B.any()):
-            reason = f"{what} gave scores that are no numbers"
+            reason = f"{what} gave {fault}"
             if self.strict:
                 raise DataError(f"{reason}, for {int(bad_B.sum())} of {len(bad_B)} requests")
             self.problems.append(Problem(reason, bad_B))
