@@ -205,7 +205,7 @@ def next_event_batch(
     start = histories.offsets[user_rows]
     stop = histories.offsets[user_rows + 1] if ends is None else ends
     # Drop the last group from the inputs: it is only ever a target.
-    last_group = np.where(stop > start, histories.group[np.maximum(stop - 1, 0)], -1)
+    last_group = _newest(histories.group, start, stop, otherwise=-1)
     index, lengths = _ranges(start, stop)
     owner = np.repeat(np.arange(len(user_rows)), lengths)
     is_input = histories.group[index] != last_group[owner]
@@ -228,11 +228,10 @@ def next_event_batch(
     rows, row_lengths = _distinct(histories.item[targets], target_lengths)
     weight = np.repeat(1.0 / np.maximum(row_lengths, 1), row_lengths).astype(np.float32)
 
-    last_time = histories.time[np.maximum(stop - 1, 0)] if histories.num_events else np.zeros(len(user_rows), np.int64)
     known = torch.from_numpy(np.asarray(user_rows, dtype=np.int64))
     return Batch(
         user=known,
-        time=torch.from_numpy(np.array(last_time, dtype=np.int64)),
+        time=torch.from_numpy(_newest(histories.time, start, stop, otherwise=0)),
         history=_history(histories, kept, kept_lengths),
         user_fields=users.gather(known),
         targets=NextTargets(
@@ -251,6 +250,14 @@ def _history(histories: Histories, index: Int, lengths: Int) -> History:
         value=torch.from_numpy(histories.value[index]),
         group=torch.from_numpy(histories.group[index]),
     )
+
+
+def _newest(values: Int, start: Int, stop: Int, *, otherwise: int) -> Int:
+    """values[stop[i] - 1] of each row i, `otherwise` where start[i] .. stop[i] is empty."""
+    newest = np.full(len(start), otherwise, dtype=np.int64)
+    filled = stop > start
+    newest[filled] = values[stop[filled] - 1]
+    return newest
 
 
 def _ranges(start: Int, end: Int) -> tuple[Int, Int]:
