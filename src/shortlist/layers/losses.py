@@ -190,10 +190,13 @@ class _LogSumExp(torch.autograd.Function):
         for start in range(0, len(query_Pd), step):
             query_Cd, weight_C = query_Pd[start : start + step], weight_P[start : start + step]
             logits_CN = (query_Cd @ items_Nd.T).to(weight_P.dtype).masked_fill_(~mask_N, -torch.inf)
-            log_sum_C = torch.logsumexp(logits_CN, dim=1)
-            total = total + (weight_C * log_sum_C).sum()
+            top_C = logits_CN.amax(1)
+            # In place and with one exponential for value and gradient: passes over the logits are what a CPU waits for.
+            exp_CN = logits_CN.sub_(top_C[:, None]).exp_()
+            sum_C = exp_CN.sum(1)
+            total = total + (weight_C * (sum_C.log() + top_C)).sum()
             if grad_query_Pd is not None and grad_items_Nd is not None:
-                share_CN = logits_CN.sub_(log_sum_C[:, None]).exp_().mul_(weight_C[:, None]).to(query_Pd.dtype)
+                share_CN = exp_CN.mul_((weight_C / sum_C)[:, None]).to(query_Pd.dtype)
                 grad_query_Pd[start : start + step] = share_CN @ items_Nd
                 grad_items_Nd += (share_CN.T @ query_Cd).to(items_Nd.dtype)
         ctx.save_for_backward(grad_query_Pd, grad_items_Nd)
