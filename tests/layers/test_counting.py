@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+
+from shortlist.data.batches import History
+from shortlist.data.histories import Histories
+from shortlist.data.jagged import Jagged
+from shortlist.layers.counting import (
+    add_sparse_rows,
+    distinct_events,
+    group_runs,
+    groups_ago,
+    pair_sums,
+    sparse_rows,
+    sum_by_key,
+    then_popular,
+    user_items,
+)
+
+
+def history(rows: list[list[int]], groups: list[int]) -> History:
+    items = Jagged.from_rows(rows)
+    total = len(items.values)
+    zero = torch.zeros(total, dtype=torch.int64)
+    return History(items=items, time=zero, action=zero, value=zero.float(), group=torch.tensor(groups))
+
+
+def test_groups_ago_counts_back_from_each_requests_newest_group():
+    # Two requests whose border lies between events of the same group number, and an empty one.
+    h = history([[1, 2, 3, 3], [], [4, 5]], [7, 7, 8, 9, 9, 11])
+    assert groups_ago(h).tolist() == [2, 2, 1, 0, 1, 0]
+    assert groups_ago(history([[], []], [])).tolist() == []
+
+
+def test_distinct_events_keeps_the_newest_known_one():
+    h = history([[1, 1, 0, 2, 1], [1, 1]], [1, 1, 1, 2, 2, 1, 2])
+    assert distinct_events(h, per_group=True).tolist() == [False, True, False, True, True, True, True]
+    assert distinct_events(h, per_group=False).tolist() == [False, False, False, True, True, False, True]
+
+
+def test_group_runs_and_user_items_by_hand():
+    zero = np.zeros(7, dtype=np.int64)
+    log = Histories(
+        offsets=np.array([0, 0, 4, 4, 7]),
+        item=np.array([3, 3, 0, 2, 2, 3, 2]),
+        time=zero,
+        group=np.array([5, 5, 6, 9, 9, 10, 11]),
+        action=zero,
+        value=zero.astype(np.float32),
+    )
+    assert group_runs(log).tolist() == [0, 0, 1, 2, 3, 4, 5]
+    cells = user_items(log, 4)
+    assert cells.offsets.tolist() == [0, 0, 2, 2, 4]
+    assert cells.user.tolist() == [1, 1, 3, 3]
+    assert cells.item.tolist() == [2, 3, 2, 3]
+    assert cells.num_groups.tolist() == [1, 1, 2, 1]
+    assert cells.groups_ago.tolist() == [0, 2, 0, 1]
+
+
+@pytest.mark.parametrize("pairs_at_once", [1, 7, 10**6])
+def test_pair_sums_do_not_depend_on_the_blocks(pairs_at_once):
+    random = np.random.default_rng(0)
+    source, partner = random.integers(1, 9, 40), random.integers(1, 9, 30)
+    start = random.integers(0, 30, 40)
+    stop = np.minimum(start + random.integers(0, 6, 40), 30)
+    weight, partner_weight = random.random(40), random.random(30)
+    expected = np.zeros((9, 9))
+    for e in range(40):
+        for p in range(start[e], stop[e]):
+            expected[source[e], partner[p]] += weight[e] * partner_weight[p]
+    blocks = list(pair_sums(source, start, stop, weight, partner, partner_weight, 9, pairs_at_once))
+    got = np.zeros((9, 9))
+    for block in blocks:
+        got[block.row, block.column] = block.weight
+    np.testing.assert_allclose(got, expected)
+    rows = np.concatenate([block.row for block in blocks])
+    assert (np.diff(rows) >= 0).all()
+    matrix = sparse_rows(blocks, 9)
+    assert matrix.offsets.tolist() == np.searchsorted(rows, np.arange(10)).tolist()
+
+
+@pytest.mark.parametrize("num_keys", [10, 10**9])
+def test_sums_by_key_dense_and_sorted(num_keys):
+    keys, sums = sum_by_key(np.array([7, 2, 7, 0, 2]), np.array([1.0, 2, 3, 4, 5]), num_keys)
+    assert keys.tolist() == [0, 2, 7]
+    assert sums.tolist() == [4, 7, 4]
+
+
+@pytest.mark.parametrize("entries_at_once", [1, 4, 10**6])
+def test_add_sparse_rows_is_a_matrix_product(entries_at_once):
+    random = np.random.default_rng(0)
+    dense = random.random((6, 6)) * (random.random((6, 6)) < 0.5)
+    dense[0] = dense[2] = 0
+    row, column = dense.nonzero()
+    from shortlist.layers.counting import PairSums
+
+    matrix = sparse_rows([PairSums(row, column, dense[row, column])], 6)
+    request, item, weight = random.integers(0, 3, 20), random.integers(0, 6, 20), random.random(20)
+    users = np.zeros((3, 6))
+    np.add.at(users, (request, item), weight)
+    tensors = (torch.from_numpy(request), torch.from_numpy(item), torch.from_numpy(weight).float())
+    got = add_sparse_rows(torch.zeros(3, 6), *tensors, matrix, entries_at_once)
+    torch.testing.assert_close(got, torch.from_numpy(users @ dense).float())
+
+
+def test_the_rest_follows_by_popularity():
+    scores = torch.tensor([[0.0, 0.0, 2.0, 1.0, 1.0, 0.0]])
+    popular = torch.tensor([0.0, 5.0, 1.0, 2.0, 9.0, 8.0])
+    assert then_popular(scores, popular)[0].argsort(descending=True)[:5].tolist() == [2, 4, 3, 5, 1]
