@@ -287,9 +287,7 @@ def build_dataset(log: EventLog, config: DataConfig | None = None) -> Dataset:
     event_context = {
         f.name: _array(f.encode(column_of(log.events, f.column, events.row))) for f in schema.of("context")
     }
-    repeats = (
-        repeat_share(histories.keep(training)) > REPEAT_SHARE if config.repeats == "auto" else config.repeats == "yes"
-    )
+    repeats = repeat_share(histories) > REPEAT_SHARE if config.repeats == "auto" else config.repeats == "yes"
     split = split_requests(
         histories, plan, used, is_target=_targets(events, config), repeats=repeats, context=event_context
     )
