@@ -45,9 +45,9 @@ def targets(**options) -> TargetSource:
 
 
 def candidates(**options) -> CandidateSource:
-    """Request r has 10 + r candidates r * 100 + 0, 1, ..., the first r % 3 of them positive; the pair field repeats the candidate."""
+    """Request r has 6 + r % 8 candidates r * 100 + 0, 1, ..., the first r % 3 of them positive; the pair field repeats the candidate."""
     view = chain_view()
-    rows = Jagged.from_rows([[r * 100 + c for c in range(10 + r)] for r in range(NUM_REQUESTS)])
+    rows = Jagged.from_rows([[r * 100 + c for c in range(6 + r % 8)] for r in range(NUM_REQUESTS)])
     label = (rows.position_of_value < rows.row_of_value % 3).float()
     return CandidateSource(
         view.histories,
@@ -152,7 +152,7 @@ def test_windows_end_at_groups_and_reach_every_stretch():
     events = [(2 * g + offset, g + 1) for g in range(20) for offset in (1, 2)]
     source = NextEventSource(view_of(histories_of([events]), 50), batch_size=1, max_history=6, random_window=True)
     last = set()
-    for epoch in range(200):
+    for epoch in range(120):
         (batch,) = source.batches(epoch)
         assert batch.history.items.lengths.tolist() == [6], "a window is full"
         rows = batch.targets.items.padded()[0]
@@ -216,7 +216,7 @@ def test_all_targets_by_default():
 def test_positives_are_kept_and_negatives_drawn_anew():
     source = candidates(num_negatives=3)
     negatives: dict[int, set[int]] = {}
-    for epoch in range(150):
+    for epoch in range(45):
         for batch in source.batches(epoch):
             rows, label = batch.candidate_rows, batch.labels["click"]
             assert torch.equal(batch.candidates.pair["echo"], rows.values.float())
@@ -229,12 +229,12 @@ def test_positives_are_kept_and_negatives_drawn_anew():
                 negatives.setdefault(r, set()).update(kept[~positive].tolist())
     assert set(negatives) == {r for r in range(NUM_REQUESTS) if r % 3}, "requests without a positive are left out"
     for r, seen in negatives.items():
-        assert seen == {r * 100 + c for c in range(r % 3, 10 + r)}, "every negative has its turn"
+        assert seen == {r * 100 + c for c in range(r % 3, 6 + r % 8)}, "every negative has its turn"
 
 
 def test_all_candidates_by_default():
     for batch in candidates().batches(0):
-        assert batch.candidate_rows.lengths.tolist() == [10 + user - 1 for user in batch.user.tolist()]
+        assert batch.candidate_rows.lengths.tolist() == [6 + (user - 1) % 8 for user in batch.user.tolist()]
         assert batch.labels.keys() == {"click", "order"}
 
 

@@ -1,0 +1,116 @@
+"""Time of one training step of an embedding table: row-wise sparse rules beside dense Adam, in the same run.
+
+    python benchmarks/sparse_step.py [--rows 1000000] [--dim 16] [--ids 4096] [--repeats 31] [--out benchmarks/results/sparse_step.json]
+
+A step is: read the rows of a batch of skewed ids, backward, update. The arms take turns, so that a disturbance meets all of them, and
+are compared by their fastest step, which other work on the machine disturbs least; the load is recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shortlist.training.optimisers import RowwiseAdagrad, RowwiseAdam
+
+Rule = Callable[[list[nn.Parameter]], Optimizer]
+ARMS: dict[str, tuple[bool, Rule]] = {
+    "dense Adam": (False, lambda p: torch.optim.Adam(p, lr=1e-3)),
+    "dense Adam, fused": (False, lambda p: torch.optim.Adam(p, lr=1e-3, fused=True)),
+    "torch SparseAdam": (True, lambda p: torch.optim.SparseAdam(p, lr=1e-3)),
+    "row-wise Adam": (True, lambda p: RowwiseAdam(p, lr=1e-3)),
+    "row-wise Adagrad": (True, lambda p: RowwiseAdagrad(p, lr=1e-3)),
+}
+
+
+def one_step(table: nn.Embedding, optimiser: Optimizer, ids: Tensor) -> float:
+    """Milliseconds of one step."""
+    began_at = time.perf_counter()
+    optimiser.zero_grad(set_to_none=True)
+    table(ids).square().sum().backward()
+    optimiser.step()
+    return 1e3 * (time.perf_counter() - began_at)
+
+
+def skewed_ids(num_ids: int, num_rows: int, generator: torch.Generator) -> Tensor:
+    """int64 [num_ids], log-uniform over the rows: a few ids are frequent, most are rare."""
+    uniform = torch.rand(num_ids, generator=generator, dtype=torch.float64)
+    return (num_rows**uniform).long() - 1
+
+
+def measure(num_rows: int, dim: int, num_ids: int, repeats: int) -> list[dict[str, object]]:
+    """One record per arm: fastest, median and slowest step in ms, and bytes of optimiser state."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    setups = {}
+    for name, (sparse, rule) in ARMS.items():
+        table = nn.Embedding(num_rows, dim, sparse=sparse)
+        setups[name] = (table, rule(list(table.parameters())))
+    times: dict[str, list[float]] = {name: [] for name in ARMS}
+    for repeat in range(repeats + 2):
+        ids = skewed_ids(num_ids, num_rows, generator)
+        for name, (table, optimiser) in setups.items():
+            spent_ms = one_step(table, optimiser, ids)
+            if repeat >= 2:  # the first two make the state and fill the caches
+                times[name].append(spent_ms)
+    baseline = min(times["dense Adam"])
+    records: list[dict[str, object]] = []
+    for name, (_, optimiser) in setups.items():
+        tensors = [v for state in optimiser.state.values() for v in state.values() if isinstance(v, Tensor)]
+        records.append(
+            {
+                "arm": name,
+                "step_ms": {"low": min(times[name]), "median": median(times[name]), "high": max(times[name])},
+                "times_faster_than_dense_adam": baseline / min(times[name]),
+                "state_bytes": sum(t.numel() * t.element_size() for t in tensors),
+            }
+        )
+    return records
+
+
+def main() -> None:
+    """Run, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=16)
+    parser.add_argument("--ids", type=int, default=4_096)
+    parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sparse_step.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    load = os.getloadavg()[0]
+    sizes = {}
+    for num_rows in (args.rows // 10, args.rows):
+        sizes[str(num_rows)] = records = measure(num_rows, args.dim, args.ids, args.repeats)
+        print(
+            f"{num_rows:,} rows x {args.dim}, {args.ids:,} ids per step, {args.threads} thread(s), fastest of {args.repeats} steps"
+        )
+        for r in records:
+            print(f"  {r['arm']:<20} {r['step_ms']['low']:9.2f} ms {r['times_faster_than_dense_adam']:8.1f} x"
+                  f" {r['state_bytes'] / 1e6:9.1f} MB of state")  # fmt: skip
+    result = {
+        "name": "sparse_step",
+        "command": f"python benchmarks/sparse_step.py --rows {args.rows} --dim {args.dim} --ids {args.ids} "
+        f"--repeats {args.repeats} --threads {args.threads}",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "hardware": {"machine": platform.machine(), "threads": args.threads, "load_before": load},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "rows": sizes,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
