@@ -161,6 +161,7 @@ class Cascade:
         systems: by the names of the config, on `device`; they are put into evaluation mode.
         popular: int64 [n] all catalogue rows, best first: what fills a page when nothing else can. None = catalogue order.
         device: where batches are moved.
+        partial: systems of later stages may still be missing; only `until` can be asked then. For training stage by stage.
     """
 
     def __init__(
@@ -171,9 +172,10 @@ class Cascade:
         *,
         popular: Tensor | None = None,
         device: torch.device | str = "cpu",
+        partial: bool = False,
     ) -> None:
         missing = [name for stage in config.stages for name in stage.systems if name not in systems]
-        if missing or not config.stages:
+        if not config.stages or (missing and not partial):
             raise ConfigError(f"the cascade lacks {'system ' + repr(missing[0]) if missing else 'stages'}")
         self.config, self.space, self.systems = config, space, dict(systems)
         self.device = torch.device(device)

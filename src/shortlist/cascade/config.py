@@ -48,11 +48,11 @@ class Surface:
 class Learning:
     """How stages are trained and selected."""
 
-    fit_requests: int = 50_000
+    fit_requests: int = 30_000
     """Requests at most, drawn at random from the fit window, on which rankers learn."""
     valid_requests: int = 2_000
     """Requests at most, drawn from the validation window, on which each system's training is stopped."""
-    max_candidates: int = 200
+    max_candidates: int = 100
     """Candidates kept per fit request: all that were chosen and a random part of the others, drawn once."""
     num_negatives: int | None = 50
     """Of those, so many not chosen ones are shown to a ranker per request and epoch; none = all."""
@@ -250,9 +250,10 @@ class RunConfig:
         """Trainer settings of one system."""
         return build(TrainerConfig, {**plain(self.trainer), **self.trainers.get(name, {})}, f"trainer.{name}")
 
-    def with_data(self, data: DataConfig) -> RunConfig:
-        """The same on data encoded otherwise."""
-        return replace(self, data=data)
+    @property
+    def data_settings(self) -> DataConfig:
+        """What to build the dataset with: `data`, and the surface's word on repeats where it has one."""
+        return self.data if self.surface.repeats == "auto" else replace(self.data, repeats=self.surface.repeats)
 
 
 SECTIONS = ("data", "surface", "learning", "trainer", "stages", "systems")

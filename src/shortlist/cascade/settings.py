@@ -76,6 +76,8 @@ def plain(settings: Any) -> dict[str, Any]:
                 table[f.name] = NONE
         elif is_dataclass(value):
             table[f.name] = plain(value)
+        elif isinstance(value, Mapping):
+            table[f.name] = {str(key): inner for key, inner in value.items()}
         else:
             table[f.name] = list(value) if isinstance(value, tuple | frozenset) else value
     return table

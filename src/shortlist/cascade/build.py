@@ -1,0 +1,382 @@
+"""From a dataset and settings to a trained run: stage by stage, each later stage on what earlier ones let through.
+
+    prepare-only systems      counted on view("fit"), the events before the fit window
+    next_event, targets       trained on view("fit"), stopped by NDCG@k of a full ranking of validation requests
+    candidates                trained on the fit requests' candidates, as the stages before let them through, stopped on the
+                              validation requests' candidates
+
+Nothing is learned from the test window. Once all is selected, systems that learn no weights count again on view("test"), which is
+everything before the test window: fresher counts, as a shop would have. Weights stay as they were selected.
+
+Training leaves its state in `OUT.training`: one folder per system, named by what went into it, so that a run that was stopped goes on
+where it was, and a run with other settings of a late stage does not train the early ones again. The folder goes when all is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shortlist.cascade.attribution import attribute_losses, lost_at
+from shortlist.cascade.cascade import Cascade
+from shortlist.cascade.config import RunConfig, Stage
+from shortlist.cascade.fitting import check_fits, default_config
+from shortlist.cascade.lessons import (
+    Lessons,
+    candidate_score,
+    candidate_source,
+    chunks,
+    collect,
+    full_ranking_score,
+    make_batch,
+    sample,
+)
+from shortlist.cascade.meter import Meter
+from shortlist.cascade.run import Run, load_run, make_system, save_run
+from shortlist.data.dataset import Dataset
+from shortlist.data.histories import Histories, Requests, View
+from shortlist.errors import ConfigError
+from shortlist.metrics import ranking
+from shortlist.models.base import Phase, System
+from shortlist.store.snapshot import check_writable
+from shortlist.training.context import chosen_device
+from shortlist.training.sources import BatchSource, NextEventSource, TargetSource
+from shortlist.training.trainer import FREE_SETTINGS, TrainReport, fit
+
+__all__ = ["Run", "SystemReport", "load_run", "train_cascade"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SystemReport:
+    """How one system was made."""
+
+    name: str
+    stage: str
+    epochs: int
+    """0 for systems that are only prepared."""
+    best_epoch: int | None
+    ndcg: float
+    """NDCG@k on validation requests: of a full ranking for retrievers, of what reached the stage for others."""
+    seconds: float
+
+
+def train_cascade(
+    dataset: Dataset,
+    config: RunConfig | None,
+    out: Path,
+    *,
+    progress: bool = True,
+    resume: bool = True,
+    keep_training: bool = False,
+) -> Run:
+    """Train every system of every stage and write the run to `out`.
+
+    Args:
+        dataset: built with `config.data_settings`.
+        config: None or one without stages = stages chosen from what the log offers.
+        out: folder of the run; an earlier run there is replaced when the new one is complete.
+        progress: lines and bars on standard error.
+        resume: go on from a training that was stopped; False starts anew.
+        keep_training: leave the training state for a later run with other settings.
+
+    Raises:
+        ConfigError: settings that the log can not serve; SnapshotError: `out` is something else than a run; DataError: nothing to
+        learn from; TrainingInterrupted: Ctrl-C, and how to go on.
+    """
+    config = default_config(dataset, config)
+    check_fits(config, dataset)
+    if config.surface.repeats != "auto" and (config.surface.repeats == "yes") != dataset.repeats:
+        raise ConfigError(
+            f"surface.repeats is {config.surface.repeats!r}, but the dataset was built the other way; "
+            "build it with the run's data_settings"
+        )
+    out = Path(out)
+    check_writable(out)
+    state = out.with_name(f"{out.name}.training")
+    if not resume:
+        shutil.rmtree(state, ignore_errors=True)
+    with torch.random.fork_rng(devices=[]):
+        builder = _Builder(dataset, config, state, progress)
+        builder.train()
+        metrics = builder.validate()
+        cascade = builder.refreshed()
+    metrics["systems"] = [asdict(report) for report in builder.reports]
+    manifest = save_run(out, dataset, config, cascade, metrics)
+    if not keep_training:
+        shutil.rmtree(state, ignore_errors=True)
+    return Run(folder=out, dataset=dataset, config=config, cascade=cascade, metrics=metrics, version=manifest.version)
+
+
+class _Builder:
+    """One call of `train_cascade`: what is trained so far."""
+
+    def __init__(self, dataset: Dataset, config: RunConfig, state: Path, progress: bool) -> None:
+        self.dataset, self.config, self.state, self.progress = dataset, config, state, progress
+        self.device = chosen_device(config.trainer.device)
+        self.systems: dict[str, System] = {}
+        self.reports: list[SystemReport] = []
+        self.prints: dict[str, str] = {}
+        """Fingerprint of what went into each system."""
+
+    @cached_property
+    def view(self) -> View:
+        """What is trained on."""
+        return self.dataset.view("fit")
+
+    @cached_property
+    def past(self) -> Requests:
+        """Every group of the training events as a request."""
+        return self.dataset.past_requests("fit")
+
+    @cached_property
+    def valid(self) -> Requests:
+        """Requests on which training is stopped and systems are judged."""
+        learning = self.config.learning
+        return sample(self.dataset.split.valid, learning.valid_requests, self.config.trainer.seed)
+
+    @cached_property
+    def data_print(self) -> str:
+        """Fingerprint of the dataset."""
+        return fingerprint(
+            self.dataset.schema.to_toml(),
+            [self.dataset.plan.now, self.dataset.repeats, asdict(self.dataset.config)],
+            *(getattr(self.dataset.histories, f.name) for f in fields(Histories)),
+            self.dataset.plan.window_of_event,
+            *(column.numpy() for column in self.dataset.space.items.columns.values() if isinstance(column, Tensor)),
+        )
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """All stages in order."""
+        for stage in self.config.stages:
+            lessons = _StageLessons(self, stage)
+            for name in stage.systems:
+                if name not in self.systems:
+                    self._train_system(name, stage, lessons)
+
+    def _train_system(self, name: str, stage: Stage, lessons: _StageLessons) -> None:
+        trainer = self.config.trainer_of(name)
+        system = make_system(self.config, name, self.view.space)
+        feeds = {phase.feed for phase in system.phases()}
+        upstream = [self.prints[other] for other in lessons.upstream] if "candidates" in feeds else []
+        upstream += [f.name for f in system.space.pair_fields]
+        choice = self.config.systems[name]
+        settings = {key: value for key, value in asdict(trainer).items() if key not in FREE_SETTINGS}
+        learning = asdict(self.config.learning)
+        self.prints[name] = fingerprint(
+            self.data_print,
+            [choice.system, asdict(choice.settings), settings, learning, self.config.surface.k],
+            upstream,
+        )
+        validate = self._validation(system, stage, lessons)
+        report = fit(
+            system,
+            self.view,
+            lambda phase: self._source(phase, system, name, lessons),
+            config=trainer,
+            validate=validate if feeds else None,
+            folder=self._folder(name),
+            progress=self.progress,
+        )
+        system.to(self.device).eval()
+        self.systems[name] = system
+        with torch.no_grad():
+            ndcg = report.best_score if report.best_score is not None else validate(system)
+        self._report(name, stage, report, ndcg)
+
+    def _source(self, phase: Phase, system: System, name: str, lessons: _StageLessons) -> BatchSource:
+        trainer, learning = self.config.trainer_of(name), self.config.learning
+        if phase.feed == "next_event":
+            return NextEventSource(
+                self.view, batch_size=trainer.batch_size, max_history=system.max_history, seed=trainer.seed
+            )
+        if phase.feed == "targets":
+            return TargetSource(
+                self.view,
+                self.past,
+                batch_size=trainer.batch_size,
+                max_history=system.max_history,
+                max_targets=learning.max_targets,
+                seed=trainer.seed,
+            )
+        return candidate_source(
+            lessons.fit,
+            self.dataset,
+            task=system.space.tasks[0],
+            by_value=self.config.surface.objective == "value",
+            batch_size=trainer.batch_size,
+            max_history=system.max_history,
+            num_negatives=learning.num_negatives,
+            seed=trainer.seed,
+        )
+
+    def _validation(self, system: System, stage: Stage, lessons: _StageLessons) -> Callable[[System], float]:
+        k = self.config.surface.k
+        if system.kind == "retriever" and stage is self.config.stages[0]:
+            return lambda trained: full_ranking_score(trained, self.dataset, self.valid, k)
+        return lambda trained: candidate_score(trained, self.dataset, lessons.valid, k)
+
+    def _report(self, name: str, stage: Stage, report: TrainReport, ndcg: float) -> None:
+        made = SystemReport(
+            name=name,
+            stage=stage.name,
+            epochs=report.epochs,
+            best_epoch=report.best_epoch,
+            ndcg=ndcg,
+            seconds=round(report.seconds, 3),
+        )
+        self.reports.append(made)
+        total = len(self.config.systems)
+        how = f"best of {made.epochs} epochs: {made.best_epoch}" if made.epochs else "counted"
+        self.say(
+            f"[{len(self.reports)}/{total}] {stage.name}: {name}, {how}, "
+            f"validation ndcg@{self.config.surface.k} {ndcg:.4f}, {made.seconds:.1f} s"
+        )
+
+    def _folder(self, name: str) -> Path:
+        return self.state / f"{name}-{self.prints[name]}"
+
+    def say(self, line: str) -> None:
+        """One line of progress."""
+        if self.progress:
+            print(line, file=sys.stderr, flush=True)
+
+    # -- the whole -----------------------------------------------------------------------------------------------
+
+    def cascade(
+        self, systems: Mapping[str, System], *, window_of_popular: str = "fit", partial: bool = False
+    ) -> Cascade:
+        """The stages with these systems."""
+        view = self.view if window_of_popular == "fit" else self.dataset.view("test")
+        return Cascade(
+            self.config,
+            self.dataset.space,
+            systems,
+            popular=most_chosen(view),
+            device=self.device,
+            partial=partial,
+        )
+
+    def validate(self) -> dict[str, Any]:
+        """The whole cascade on validation requests: quality at the page, what each stage lost, what each stage cost."""
+        cascade, k = self.cascade(self.systems), self.config.surface.k
+        meter, lost, pages = Meter(), [], []
+        began = time.perf_counter()
+        for index in chunks(len(self.valid), self.dataset.num_items):
+            asked = self.valid.select(index)
+            page = cascade.run(make_batch(self.dataset, asked, cascade.max_history))
+            for trace in page.traces:
+                for problem in trace.problems:
+                    raise ConfigError(f"the trained cascade does not work: {problem.reason}")
+            meter.add(page.chain, page.reports)
+            lost.append(lost_at(page, asked))
+            pages.append(page.rows.cpu())
+        judged = ranking.judge(torch.cat(pages).numpy(), self.valid.target, self.valid.target_offsets)
+        stages = meter.summary().stages
+        ndcg = float(ranking.ndcg(judged, k).mean())
+        self.say(
+            f"cascade: validation ndcg@{k} {ndcg:.4f}, {time.perf_counter() - began:.1f} s for {len(self.valid):,} requests"
+        )
+        return {
+            "validation": {
+                "requests": len(self.valid),
+                f"ndcg@{k}": ndcg,
+                f"recall@{k}": float(ranking.recall(judged, k).mean()),
+                f"hr@{k}": float(ranking.hit_rate(judged, k).mean()),
+                "lost_at": attribute_losses([stage.stage for stage in stages], lost),
+                "cost": {s.stage: {"ms": s.mean_ms, "mflop": s.mean_mflop} for s in stages},
+            },
+            "split": {"protocol": self.dataset.split.protocol, "note": self.dataset.split.note},
+            "repeats": self.dataset.repeats,
+        }
+
+    def refreshed(self) -> Cascade:
+        """The cascade to be served: what learns no weights has counted again on everything before the test window."""
+        if not self.config.learning.refresh:
+            return self.cascade(self.systems)
+        view = self.dataset.view("test")
+        systems = dict(self.systems)
+        for name, system in self.systems.items():
+            if not system.phases():
+                systems[name] = make_system(self.config, name, view.space)
+                fit(
+                    systems[name],
+                    view,
+                    _no_source,
+                    config=self.config.trainer_of(name),
+                    folder=self.state / f"{name}-{self.prints[name]}-refreshed",
+                    progress=False,
+                )
+                systems[name].to(self.device).eval()
+        return self.cascade(systems, window_of_popular="test")
+
+
+class _StageLessons:
+    """What a stage's systems learn from, made when first asked for and then kept for all of them."""
+
+    def __init__(self, builder: _Builder, stage: Stage) -> None:
+        self.builder, self.stage = builder, stage
+        names = [s.name for s in builder.config.stages]
+        before = builder.config.default_chain.actions[: names.index(stage.name)]
+        self.upstream = list(dict.fromkeys(name for action in before for name in action.systems))
+
+    @cached_property
+    def fit(self) -> Lessons:
+        """Fit requests, thinned out."""
+        builder, learning = self.builder, self.builder.config.learning
+        seed = builder.config.trainer.seed
+        requests = sample(builder.dataset.split.fit, learning.fit_requests, seed)
+        return self._collect(requests, "fit", learning.max_candidates)
+
+    @cached_property
+    def valid(self) -> Lessons:
+        """Validation requests with all their candidates."""
+        return self._collect(self.builder.valid, "validation", None)
+
+    def _collect(self, requests: Requests, window: str, most: int | None) -> Lessons:
+        builder, began = self.builder, time.perf_counter()
+        cascade = builder.cascade(builder.systems, partial=True)
+        lessons = collect(
+            cascade, builder.dataset, requests, self.stage.name, most=most, seed=builder.config.trainer.seed
+        )
+        found = float(lessons.label.sum()) / max(len(requests.target), 1)
+        builder.say(
+            f"{self.stage.name}: {len(requests):,} {window} requests with {len(lessons.rows.values):,} candidates, "
+            f"{found:.1%} of what was chosen is among them, {time.perf_counter() - began:.1f} s"
+        )
+        return lessons
+
+
+def most_chosen(view: View) -> Tensor:
+    """int64 [n] all catalogue rows by their number of events, most first; equals by row."""
+    counts = np.bincount(view.histories.item, minlength=view.space.num_items + 1)[1:]
+    return torch.from_numpy(np.argsort(-counts, kind="stable") + 1)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Twelve hexadecimal digits that change with any part: arrays by content, the rest as JSON."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:12]
+
+
+def _no_source(phase: Phase) -> BatchSource:
+    raise AssertionError(f"phase {phase.name!r} of a system that has no phases")

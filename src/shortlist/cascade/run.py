@@ -1,0 +1,141 @@
+"""A trained run on disk, and back.
+
+RUN/dataset/                       schema, vocabularies, histories, requests
+RUN/cascade.toml                   every setting of the run
+RUN/systems/NAME.safetensors       weights and buffers of each system
+RUN/systems/known_items.safetensors, systems.json      on which events each one was built
+RUN/popular.safetensors            all items, most chosen first
+RUN/metrics.json                   what training measured
+RUN/manifest.json                  see store/snapshot.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shortlist.cascade.cascade import Cascade, stage_space
+from shortlist.cascade.config import RunConfig
+from shortlist.data.dataset import Dataset
+from shortlist.data.schema import Space
+from shortlist.errors import ConfigError, SnapshotError
+from shortlist.models.base import System, load_weights
+from shortlist.store.snapshot import REMEDY, Manifest, load_tensors, read_snapshot, save_tensors, write_snapshot
+
+CONFIG, METRICS, POPULAR = "cascade.toml", "metrics.json", "popular.safetensors"
+SYSTEMS = "systems"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trained cascade with the data it was trained on."""
+
+    folder: Path
+    dataset: Dataset
+    config: RunConfig
+    cascade: Cascade
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """What training measured; plain JSON."""
+    version: str = ""
+    """Of the snapshot; every answer carries it."""
+
+
+def make_system(config: RunConfig, name: str, space: Space) -> System:
+    """A new system of the run, not trained, with seeded first weights.
+
+    Args:
+        space: of the events it is built on; the pair fields of its stage are added here.
+    """
+    choice = config.systems[name]
+    stage = next(stage.name for stage in config.stages if name in stage.systems)
+    torch.manual_seed(config.trainer_of(name).seed)
+    try:
+        system: System = choice.entry.cls(choice.settings, stage_space(config, space, stage))
+    except ConfigError as error:
+        raise ConfigError(f"[systems.{name}] {error}") from error
+    return system.eval()
+
+
+def save_run(
+    folder: Path, dataset: Dataset, config: RunConfig, cascade: Cascade, metrics: Mapping[str, Any]
+) -> Manifest:
+    """Write a snapshot into the place of `folder`; see `write_snapshot`."""
+
+    def write(beside: Path) -> None:
+        dataset.save(beside / "dataset")
+        (beside / CONFIG).write_text(config.to_toml())
+        (beside / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
+        save_tensors(beside / POPULAR, {"rows": cascade.popular})
+        known: dict[str, Tensor] = {}
+        about = {}
+        for name, system in cascade.systems.items():
+            save_tensors(beside / SYSTEMS / f"{name}.safetensors", system.state_dict())
+            items = system.space.known_items.cpu()
+            same = next((key for key, other in known.items() if torch.equal(other, items)), None)
+            key = same or f"known_{len(known)}"
+            known[key] = items
+            about[name] = {"known_items": key, "num_users": system.space.num_users}
+        save_tensors(beside / SYSTEMS / "known_items.safetensors", known)
+        (beside / SYSTEMS / "systems.json").write_text(json.dumps(about, indent=1) + "\n")
+
+    return write_snapshot(folder, write)
+
+
+def load_run(folder: Path, *, device: torch.device | str = "cpu", verify: bool = True) -> Run:
+    """Read what `train_cascade` wrote.
+
+    Args:
+        device: where the systems go.
+        verify: compare the digest of every file; without it only presence and size.
+
+    Raises:
+        SnapshotError: damaged, incomplete, or of systems that have changed since; names the file.
+    """
+    folder = Path(folder)
+    manifest = read_snapshot(folder, verify=verify)
+    dataset = Dataset.load(folder / "dataset")
+    config = RunConfig.from_toml(folder / CONFIG)
+    known = load_tensors(folder / SYSTEMS / "known_items.safetensors")
+    about = _read_json(folder / SYSTEMS / "systems.json")
+    systems = {}
+    for name in config.systems:
+        path = folder / SYSTEMS / f"{name}.safetensors"
+        try:
+            space = replace(
+                dataset.space, known_items=known[about[name]["known_items"]], num_users=about[name]["num_users"]
+            )
+        except KeyError as error:
+            raise SnapshotError(f"{folder / SYSTEMS / 'systems.json'} says nothing of {error}; {REMEDY}") from error
+        systems[name] = make_system(config, name, space)
+        try:
+            load_weights(systems[name], load_tensors(path))
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, SnapshotError):
+                raise
+            raise SnapshotError(
+                f"{path} does not fit the system {name!r} of this version ({error}); train again"
+            ) from error
+        systems[name].to(device)
+    popular = load_tensors(folder / POPULAR)["rows"]
+    return Run(
+        folder=folder,
+        dataset=dataset,
+        config=config,
+        cascade=Cascade(config, dataset.space, systems, popular=popular, device=device),
+        metrics=_read_json(folder / METRICS),
+        version=manifest.version,
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+    except (OSError, ValueError) as error:
+        raise SnapshotError(f"{path} is missing or damaged ({error}); {REMEDY}") from error
