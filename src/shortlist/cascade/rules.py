@@ -7,7 +7,7 @@ Each rule is counted: what it alone took away of what the rules before it had le
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shortlist.data.histories import Int
-from shortlist.data.vocabulary import Id, Vocabulary
+from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError
 
 
@@ -52,13 +52,18 @@ class Ruling:
 
 
 def rule(
-    rules: Rules, item_ids: Vocabulary, num_items: int, *, seen: Int | None = None, candidates: Int | None = None
+    rules: Rules,
+    row_of: Callable[[Sequence[Id]], Int],
+    num_items: int,
+    *,
+    seen: Int | None = None,
+    candidates: Int | None = None,
 ) -> Ruling:
     """Apply rules.
 
     Args:
         rules: of the request.
-        item_ids: numbers the catalogue.
+        row_of: catalogue rows of item ids, 0 where unknown; as Vocabulary.encode.
         num_items: n.
         seen: catalogue rows of the user's history where seen items are dropped; repeats and 0 are allowed.
         candidates: rows the request brought itself; None = it chooses from the catalogue.
@@ -74,13 +79,13 @@ def rule(
     left[slice(1, None) if candidates is None else candidates[candidates > 0]] = True
     allowed = np.full(num_items + 1, rules.allow is None)
     if rules.allow is not None:
-        wanted, ignored["allow"] = _rows(rules.allow, item_ids)
+        wanted, ignored["allow"] = _rows(rules.allow, row_of)
         allowed[wanted] = True
         before = int(left.sum())
         left &= allowed
         removed["allow"] = before - int(left.sum())
     if rules.deny:
-        unwanted, ignored["deny"] = _rows(rules.deny, item_ids)
+        unwanted, ignored["deny"] = _rows(rules.deny, row_of)
         removed["deny"] = int(left[unwanted].sum())
         left[unwanted] = allowed[unwanted] = False
     if seen is not None:
@@ -89,9 +94,9 @@ def rule(
     return Ruling(allowed=torch.from_numpy(allowed), removed=removed, ignored=ignored)
 
 
-def _rows(ids: Sequence[Id], item_ids: Vocabulary) -> tuple[Int, int]:
+def _rows(ids: Sequence[Id], row_of: Callable[[Sequence[Id]], Int]) -> tuple[Int, int]:
     """Distinct rows of the ids, and how many ids match none."""
-    rows = item_ids.encode(ids)
+    rows = row_of(ids)
     return np.unique(rows[rows > 0]), int((rows == 0).sum())
 
 

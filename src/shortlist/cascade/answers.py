@@ -1,0 +1,177 @@
+"""What a request gets back, made from the cascade's tensors; and the same as a record for the request log."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shortlist.cascade.cascade import Page, StageTrace
+from shortlist.cascade.live import Live
+from shortlist.cascade.meter import StageReport
+from shortlist.cascade.pasts import MS
+from shortlist.cascade.request_log import LoggedRequest, LoggedStage
+from shortlist.cascade.rules import Ruling
+from shortlist.data.histories import Float, Int
+from shortlist.data.vocabulary import Id
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One place of a page."""
+
+    item_id: Id
+    score: float | None
+    """By the last stage; None where the item only fills the page."""
+    title: str | None
+    scores: Mapping[str, float | None]
+    """By stage: what it ordered its candidates by; a stage that did not let the item through is left out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """A page and how it came about."""
+
+    request_id: str
+    user: Id | None
+    items: tuple[Item, ...]
+    """Best first; fewer than asked only where rules or candidates leave no more."""
+    chain: str
+    stages: tuple[StageReport, ...]
+    snapshot_version: str
+    degraded: str | None
+    """What went wrong on the way; None when nothing did."""
+    removed: Mapping[str, int]
+    """Items that each rule took away: of the request's candidates where it has some, else of the catalogue."""
+    ignored: Mapping[str, int]
+    """Ids of the request that match no item, by where they stood."""
+    num_history: int
+    """Events the answer knows of."""
+    at: int
+    """Moment that was asked for, seconds since 1970 UTC."""
+    spent_ms: float
+    """Wall time; of a batch, its share."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        plain = {f: getattr(self, f) for f in _PLAIN}
+        return {
+            **plain,
+            "items": [{f: getattr(item, f) for f in Item.__slots__} for item in self.items],
+            "stages": [{f: getattr(stage, f) for f in StageReport.__slots__} for stage in self.stages],
+        }
+
+
+_PLAIN = tuple(f for f in Answer.__slots__ if f not in ("items", "stages"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Circumstances:
+    """What there is to tell of B requests beside their page."""
+
+    users: Sequence[Id | None]
+    """[B] as asked."""
+    num_history: Sequence[int]
+    """[B] events known."""
+    moments: Sequence[int]
+    """[B] seconds."""
+    rulings: Sequence[Ruling]
+    """[B]."""
+    problems: Sequence[str]
+    """What went wrong outside the stages, for all of them."""
+    num_unknown_candidates: int | None
+    """Candidates without a match; None where the request brought none."""
+    spent_ms: float
+    """Per request."""
+
+
+def make_answers(live: Live, page: Page, told: Circumstances) -> list[Answer]:
+    """Answers to B requests from their page; Python touches the items shown, not the candidates."""
+    rows_Bk, scores_Bk = page.rows.cpu().numpy(), page.scores.cpu().numpy()
+    ids = iter(live.ids(rows_Bk[rows_Bk > 0]))
+    stages = [_StageArrays.of(trace) for trace in page.traces]
+    answers = []
+    for place, (user, ruling, reports) in enumerate(zip(told.users, told.rulings, page.reports)):
+        shown = rows_Bk[place] > 0
+        rows_k = rows_Bk[place][shown]
+        by_stage = {stage.name: stage.scores_of(place, rows_k) for stage in stages}
+        items = tuple(
+            Item(
+                item_id=next(ids),
+                score=_number(score),
+                title=live.title(row),
+                scores={name: _number(values[i]) for name, (found, values) in by_stage.items() if found[i]},
+            )
+            for i, (row, score) in enumerate(zip(rows_k.tolist(), scores_Bk[place][shown].tolist()))
+        )
+        degraded = [*told.problems, *(f"{report.stage}: {report.degraded}" for report in reports if report.degraded)]
+        ignored = dict(ruling.ignored)
+        if told.num_unknown_candidates is not None:
+            ignored["candidates"] = told.num_unknown_candidates
+        answers.append(
+            Answer(
+                request_id=uuid.uuid4().hex,
+                user=user,
+                items=items,
+                chain=page.chain,
+                stages=tuple(reports),
+                snapshot_version=live.version,
+                degraded="; ".join(degraded) or None,
+                removed=ruling.removed,
+                ignored=ignored,
+                num_history=told.num_history[place],
+                at=told.moments[place],
+                spent_ms=told.spent_ms,
+            )
+        )
+    return answers
+
+
+@dataclass(frozen=True, slots=True)
+class _StageArrays:
+    """A stage's candidates as arrays: rows and scores [total], cut by offsets [B + 1]."""
+
+    name: str
+    offsets: Int
+    rows: Int
+    scores: Float
+
+    @classmethod
+    def of(cls, trace: StageTrace) -> _StageArrays:
+        return cls(
+            trace.name, trace.rows.offsets.cpu().numpy(), trace.rows.values.cpu().numpy(), trace.scores.cpu().numpy()
+        )
+
+    def scores_of(self, request: int, rows_k: Int) -> tuple[list[bool], list[float]]:
+        """For items [k] of a request: whether the stage let each through, and its score where it did."""
+        mine = slice(self.offsets[request], self.offsets[request + 1])
+        same_kC = rows_k[:, None] == self.rows[mine]
+        if not same_kC.shape[1]:
+            return [False] * len(rows_k), [0.0] * len(rows_k)
+        return same_kC.any(1).tolist(), self.scores[mine][same_kC.argmax(1)].tolist()
+
+
+def logged(page: Page, answer: Answer, k: int) -> LoggedRequest:
+    """The only request of a page, for the request log."""
+    stages = [_StageArrays.of(trace) for trace in page.traces]
+    return LoggedRequest(
+        request_id=answer.request_id,
+        at_ms=round(time.time() * MS),
+        user=None if answer.user is None else str(answer.user),
+        k=k,
+        chain=answer.chain,
+        snapshot_version=answer.snapshot_version,
+        page=[item.item_id for item in answer.items],
+        stages=[LoggedStage(name=stage.name, rows=stage.rows, scores=stage.scores) for stage in stages],
+        reports=answer.stages,
+        removed=answer.removed,
+        degraded=answer.degraded,
+    )
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no infinity; an item without a score has None."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,479 @@
+"""The engine: a trained run that answers requests, learns of events at once, and always gives a page.
+
+    with Engine.load("RUN", events="events.db") as engine:
+        engine.recommend("u7", 10)                                            who is known
+        engine.recommend("visitor", history=["b2", "a1"], deny=["c3"])        who is not
+        engine.record([Event(user="u7", item="b2", timestamp=now)])           changes the next answer of u7
+
+The past of a user is the snapshot's, and what the event store has on top. Everything a request can bring is checked first and refused
+with a sentence; after that nothing it meets may fail: a broken stage is passed over by the cascade, a broken event store leaves the
+snapshot's history, and when all else breaks the most popular items make the page. The answer says so in `degraded`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shortlist.cascade.answers import Answer, Circumstances, logged, make_answers
+from shortlist.cascade.candidates import Blocked, first_permitted
+from shortlist.cascade.cascade import Page, StageTrace
+from shortlist.cascade.live import Live, load_live
+from shortlist.cascade.meter import Meter
+from shortlist.cascade.pasts import Newer, PastEvent, newer_of, pasts, sent_history
+from shortlist.cascade.request_log import RequestLog
+from shortlist.cascade.rules import Rules, Ruling, rule
+from shortlist.data.batches import Batch, request_batch
+from shortlist.data.histories import Histories, Int
+from shortlist.data.jagged import Jagged
+from shortlist.data.vocabulary import Id
+from shortlist.errors import ConfigError
+from shortlist.store.events import MAX_TIMESTAMP, Event, EventStore, StoreUnavailable
+
+LAST_RESORT = "popular"
+"""Name of the chain, and of its only stage, when the cascade itself failed."""
+_DAY_S = 86_400
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """What bounds a request."""
+
+    deadline_ms: float | None = None
+    """Time after which no stage is waited for; None = wait."""
+    max_k: int = 500
+    """Longest page."""
+    max_ids: int = 100_000
+    """Longest list of candidates, allowed or denied items."""
+    max_sent_history: int = 10_000
+    """Most events that a request may bring."""
+    stale_days: float = 30.0
+    """A log that ended longer ago is asked as of its end, unless the user has newer events: training saw no such silence."""
+    batch_size: int = 256
+    """Requests answered together by `recommend_many`."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_k", "max_ids", "max_sent_history", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.deadline_ms is not None and self.deadline_ms <= 0:
+            raise ConfigError(f"deadline_ms must be above 0, got {self.deadline_ms}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recorded:
+    """What became of events."""
+
+    num_new: int
+    num_repeated: int
+    """Were there already under their event_id."""
+    num_unknown_users: int
+    """Not in the snapshot; kept."""
+    num_unknown_items: int
+    """Not in the catalogue; kept, and counted in histories once a snapshot knows the item."""
+    num_unknown_actions: int
+    """Not seen in training; kept, and read as the unknown action."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """An event of a user's past, to be shown."""
+
+    item_id: Id
+    title: str | None
+    timestamp: int | None
+    """Seconds since 1970 UTC; None where it is not known, as in a log without a clock."""
+    action: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """B checked questions that share everything but the user."""
+
+    users: Sequence[Id | None]
+    k: int
+    sent: Sequence[PastEvent] | None = None
+    context: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    candidates: Int | None = None
+    num_unknown_candidates: int | None = None
+    rules: Rules = field(default_factory=Rules)
+    at: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Known:
+    """What the engine found out about B users."""
+
+    batch: Batch | None
+    """None where even that failed."""
+    num_history: list[int]
+    moments: list[int]
+
+
+class Engine:
+    """Answers requests over one run; safe to use from many threads.
+
+    Args:
+        live: the run.
+        events: where events are kept; None = `record` is refused.
+        request_log: where answers are logged; None = nowhere.
+        config: bounds.
+    """
+
+    def __init__(
+        self,
+        live: Live,
+        *,
+        events: EventStore | None = None,
+        request_log: RequestLog | None = None,
+        config: EngineConfig | None = None,
+    ) -> None:
+        self._live = live
+        self._swapping = threading.Lock()
+        self.events, self.request_log = events, request_log
+        self.config = config or EngineConfig()
+        self.meter = Meter()
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        events: Path | str | None = None,
+        request_log: Path | str | None = None,
+        config: EngineConfig | None = None,
+    ) -> Engine:
+        """Open a run.
+
+        Args:
+            folder: as `shortlist train --out` wrote it.
+            events: SQLite file of the event store, made when missing; keep it outside the run, which is replaced as a whole.
+            request_log: SQLite file of the request log, made when missing.
+            config: bounds.
+
+        Raises:
+            SnapshotError: `folder` is no run or is damaged.
+            DataError: a file is no event store or no request log.
+        """
+        live = load_live(Path(folder))
+        store = None if events is None else EventStore(Path(events))
+        log = None if request_log is None else RequestLog(Path(request_log))
+        return cls(live, events=store, request_log=log, config=config)
+
+    @property
+    def snapshot_version(self) -> str:
+        """Of the run that answers now."""
+        return self._live.version
+
+    @property
+    def live(self) -> Live:
+        """The run that answers now; take it once and use it, since a swap may replace it."""
+        return self._live
+
+    def swap(self, folder: Path | str) -> str:
+        """Answer from another run from now on; requests under way finish on the old one. Gives the new version.
+
+        Raises SnapshotError, and changes nothing, when `folder` is no run or is damaged.
+        """
+        with self._swapping:
+            live = load_live(Path(folder))
+            self._live = live
+        return live.version
+
+    def recommend(
+        self,
+        user: Id | None,
+        k: int | None = None,
+        *,
+        history: Sequence[Id | tuple[Id, float] | PastEvent] | None = None,
+        context: Mapping[str, Any] | None = None,
+        candidates: Sequence[Id] | None = None,
+        rules: Rules | None = None,
+        allow: Sequence[Id] | None = None,
+        deny: Sequence[Id] = (),
+        at: float | None = None,
+    ) -> Answer:
+        """A page for one user, known or not.
+
+        Args:
+            user: id; None or an unknown one is a person without a past, unless `history` brings it.
+            k: items; None = a page of the surface.
+            history: what the user did, oldest first, in place of what is on record: ids, (id, seconds) pairs or PastEvents.
+            context: raw values of the run's context columns.
+            candidates: the only items to choose from.
+            rules: which items may be shown; `allow` and `deny` are short for rules that only name those.
+            at: seconds since 1970 UTC; later events are not read. None = now, with all that is known.
+
+        Raises:
+            ConfigError: `k` is out of range, a list is too long, or rules and allow/deny are both given.
+            DataError: an unknown context column, or a history with some times missing.
+        """
+        began = time.perf_counter()
+        live = self._live
+        asked = self._check(live, user, k, history, context, candidates, rules, allow, deny, at)
+        return self._answer(live, asked, began, log=True)[0]
+
+    def recommend_many(self, users: Sequence[Id | None], k: int | None = None) -> list[Answer]:
+        """Pages for many users, `config.batch_size` at a time; not written to the request log."""
+        live = self._live
+        k = self._page_size(live, k)
+        answers: list[Answer] = []
+        for start in range(0, len(users), self.config.batch_size):
+            asked = _Asked(users=users[start : start + self.config.batch_size], k=k)
+            answers += self._answer(live, asked, time.perf_counter(), log=False)
+        return answers
+
+    def record(self, events: Sequence[Event]) -> Recorded:
+        """Keep events for good; when this returns they are durable and count in the users' next answers.
+
+        Raises:
+            ConfigError: the engine was opened without an event store.
+            DataError: an event is not what it should be; nothing was kept.
+            StoreUnavailable: the store can not be written; nothing was kept.
+        """
+        if self.events is None:
+            raise ConfigError(
+                "this engine keeps no events; open it with events=PATH (on the command line: --events PATH)"
+            )
+        num_new = self.events.append(events)
+        live = self._live
+        named = [event.action for event in events if event.action is not None]
+        return Recorded(
+            num_new=num_new,
+            num_repeated=len(events) - num_new,
+            num_unknown_users=int((live.users([event.user for event in events]) == 0).sum()),
+            num_unknown_items=int((live.items([event.item for event in events]) == 0).sum()),
+            num_unknown_actions=int((live.action_ids(named) == 0).sum()),
+        )
+
+    def history(self, user: Id, count: int = 10) -> list[Seen]:
+        """The newest `count` events of a user, newest first; StoreUnavailable when the event store can not be read."""
+        live = self._live
+        past = pasts(
+            live.dataset.histories,
+            live.users([user]),
+            self._stored(live, [user]),
+            has_clock=live.dataset.space.has_clock,
+        )
+        newest = slice(None, -count - 1, -1)
+        rows, actions = past.item[newest], past.action[newest].tolist()
+        times = past.time[newest].tolist() if live.dataset.space.has_clock else [None] * len(rows)
+        names = (None, *live.dataset.space.actions)
+        return [
+            Seen(item_id=item_id, title=live.title(row), timestamp=then, action=names[action])
+            for item_id, row, then, action in zip(live.ids(rows), rows.tolist(), times, actions)
+        ]
+
+    def close(self) -> None:
+        """Write what waits for the request log and let go of the files."""
+        if self.request_log is not None:
+            self.request_log.close()
+        if self.events is not None:
+            self.events.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- checking ------------------------------------------------------------------------------------------------
+
+    def _check(
+        self,
+        live: Live,
+        user: Id | None,
+        k: int | None,
+        history: Sequence[Id | tuple[Id, float] | PastEvent] | None,
+        context: Mapping[str, Any] | None,
+        candidates: Sequence[Id] | None,
+        rules: Rules | None,
+        allow: Sequence[Id] | None,
+        deny: Sequence[Id],
+        at: float | None,
+    ) -> _Asked:
+        """Refuse what can not be answered, number what can."""
+        if rules is not None and (allow is not None or deny):
+            raise ConfigError("give either rules, or allow and deny, not both")
+        rules = rules or Rules(allow=allow, deny=deny)
+        lists = {"history": history, "candidates": candidates, "allow": rules.allow, "deny": rules.deny}
+        for name, given in lists.items():
+            most = self.config.max_sent_history if name == "history" else self.config.max_ids
+            if given is not None and len(given) > most:
+                raise ConfigError(f"{name} has {len(given):,} entries; at most {most:,} are taken")
+        if candidates is not None and not len(candidates):
+            raise ConfigError("candidates is an empty list; leave it out to choose from all items")
+        if at is not None and not 0 <= at < MAX_TIMESTAMP:
+            raise ConfigError(f"at must be seconds since 1970, got {at!r}")
+        rows = None if candidates is None else live.items(candidates)
+        known = None if rows is None else np.unique(rows[rows > 0])
+        context_columns = {name: [value] for name, value in (context or {}).items()}
+        if context_columns:
+            live.dataset.requests_for([None], context=context_columns)  # refuses columns that do not exist
+        return _Asked(
+            users=[user],
+            k=self._page_size(live, k),
+            sent=None if history is None else sent_history(history),
+            context=context_columns,
+            candidates=known,
+            num_unknown_candidates=None if rows is None else int((rows == 0).sum()),
+            rules=rules,
+            at=None if at is None else int(at),
+        )
+
+    def _page_size(self, live: Live, k: int | None) -> int:
+        k = live.cascade.config.surface.k if k is None else k
+        if not 1 <= k <= self.config.max_k:
+            raise ConfigError(f"k must be from 1 to {self.config.max_k}, got {k}")
+        return k
+
+    # -- answering -----------------------------------------------------------------------------------------------
+
+    def _answer(self, live: Live, asked: _Asked, began: float, *, log: bool) -> list[Answer]:
+        """Answers to B questions, whatever happens."""
+        problems: list[str] = []
+        known = self._known(live, asked, problems)
+        rulings = _rulings(live, asked, known)
+        page = None
+        if known.batch is not None:
+            try:
+                page = live.cascade.run(
+                    known.batch,
+                    k=asked.k,
+                    candidates=None if asked.candidates is None else Jagged.from_rows([asked.candidates.tolist()]),
+                    allowed=rulings[0].allowed,
+                    deadline_ms=self.config.deadline_ms,
+                )
+            except Exception as error:  # a request always gets a page
+                problems.append(_reason("the cascade failed", error))
+        if page is None:
+            page = _popular_page(live, asked, known, rulings[0].allowed)
+        self.meter.add(page.chain, page.reports)
+        told = Circumstances(
+            users=asked.users,
+            num_history=known.num_history,
+            moments=known.moments,
+            rulings=rulings,
+            problems=problems,
+            num_unknown_candidates=asked.num_unknown_candidates,
+            spent_ms=(time.perf_counter() - began) * 1e3 / len(asked.users),
+        )
+        answers = make_answers(live, page, told)
+        if log and self.request_log is not None:
+            self.request_log.add(logged(page, answers[0], asked.k), live.ids)
+        return answers
+
+    def _known(self, live: Live, asked: _Asked, problems: list[str]) -> _Known:
+        """The batch, from all that is known of the users."""
+        now = time.time()
+        try:
+            past, moments = self._pasts(live, asked, now, problems)
+            histories, requests = live.dataset.requests_for(
+                asked.users, at=moments, histories=past, context=asked.context
+            )
+            batch = request_batch(
+                histories,
+                live.user_fields,
+                requests,
+                max_history=live.cascade.max_history,
+                exclude_history=not (live.repeats if asked.rules.seen is None else asked.rules.seen == "keep"),
+            )
+        except Exception as error:  # a request always gets a page
+            problems.append(_reason("the user's past could not be read", error))
+            return _Known(batch=None, num_history=[0] * len(asked.users), moments=[int(now)] * len(asked.users))
+        return _Known(batch=batch, num_history=(requests.end - requests.start).tolist(), moments=moments.tolist())
+
+    def _pasts(self, live: Live, asked: _Asked, now: float, problems: list[str]) -> tuple[Histories, Int]:
+        """Histories of B users, and the moment [B] each is asked about."""
+        rows = live.users(asked.users)
+        newer: Newer | None = None
+        if asked.sent is not None:
+            rows = np.zeros_like(rows)  # what the request says stands in place of what is on record
+            actions = live.action_ids([event.action for event in asked.sent])
+            newer = newer_of(asked.sent, live.items, actions, now if asked.at is None else asked.at)
+        else:
+            try:
+                newer = self._stored(live, asked.users)
+            except StoreUnavailable as error:
+                problems.append(f"recent events are missing: {error}")
+        past = pasts(live.dataset.histories, rows, newer, has_clock=live.dataset.space.has_clock)
+        if asked.at is not None:
+            return past, np.full(len(rows), asked.at, dtype=np.int64)
+        is_stale = now - live.log_end > self.config.stale_days * _DAY_S
+        moments = np.full(len(rows), live.log_end if is_stale else int(now), dtype=np.int64)
+        if newer is not None:
+            moments[newer.user] = int(now)
+        return past, np.maximum(moments, _last_times(past)) if live.dataset.space.has_clock else moments
+
+    def _stored(self, live: Live, users: Sequence[Id | None]) -> Newer | None:
+        if self.events is None:
+            return None
+        stored = self.events.history(["" if user is None else str(user) for user in users])
+        if not len(stored):
+            return None
+        return Newer(
+            user=stored.user,
+            item=live.items(stored.item),
+            time_ms=stored.time_ms,
+            action=live.action_ids(stored.action),
+            value=stored.value,
+        )
+
+
+def _reason(what: str, error: Exception) -> str:
+    return f"{what} ({type(error).__name__}: {error})"
+
+
+def _last_times(past: Histories) -> Int:
+    """int64 [B]: time of each user's newest event; 0 without one."""
+    start, end = past.offsets[1:-1], past.offsets[2:]
+    if not past.num_events:
+        return np.zeros(len(start), dtype=np.int64)
+    return np.where(end > start, past.time[np.maximum(end - 1, 0)], 0)
+
+
+def _rulings(live: Live, asked: _Asked, known: _Known) -> list[Ruling]:
+    """The rules' meaning per request; `allowed` is the same for all."""
+    excluded = None if known.batch is None else known.batch.excluded
+    rulings = []
+    for place in range(len(asked.users)):
+        seen = None
+        if excluded is not None:
+            seen = excluded.values[int(excluded.offsets[place]) : int(excluded.offsets[place + 1])].numpy()
+        rulings.append(rule(asked.rules, live.items, live.dataset.num_items, seen=seen, candidates=asked.candidates))
+    return rulings
+
+
+def _popular_page(live: Live, asked: _Asked, known: _Known, allowed: Tensor | None) -> Page:
+    """What is left when the cascade fails as a whole: the most popular items that the rules permit."""
+    began = time.perf_counter()
+    popular, num_requests = live.cascade.popular.cpu(), len(asked.users)
+    if asked.candidates is not None:
+        popular = popular[torch.isin(popular, torch.from_numpy(asked.candidates))]
+    if allowed is not None:
+        popular = popular[allowed[popular]]
+    excluded = None if known.batch is None else known.batch.excluded
+    most = asked.k + (0 if excluded is None else int(excluded.lengths.max()))
+    rows_Bk = first_permitted(
+        popular[:most].expand(num_requests, -1), Blocked(live.dataset.num_items, excluded, allowed), asked.k
+    )
+    shown = Jagged.from_padded(rows_Bk, rows_Bk > 0)
+    trace = StageTrace(
+        name=LAST_RESORT,
+        systems=(),
+        rows=shown,
+        scores=torch.zeros(len(shown.values)),
+        system_scores={},
+        num_received=torch.full((num_requests,), len(popular)),
+        spent_ms=(time.perf_counter() - began) * 1e3,
+        flops=0.0,
+    )
+    return Page(rows=rows_Bk, scores=torch.full(rows_Bk.shape, -torch.inf), traces=(trace,), chain=LAST_RESORT)

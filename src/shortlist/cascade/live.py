@@ -1,0 +1,56 @@
+"""A run as the engine serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shortlist.cascade.cascade import Cascade
+from shortlist.cascade.pasts import Numbers
+from shortlist.cascade.run import load_run
+from shortlist.data.batches import request_batch
+from shortlist.data.dataset import Dataset
+from shortlist.data.histories import Int
+from shortlist.data.schema import FieldTable
+
+
+class Live:
+    """A run as the engine serves it: everything that changes together when a new snapshot comes."""
+
+    def __init__(self, dataset: Dataset, cascade: Cascade, version: str) -> None:
+        self.dataset, self.cascade, self.version = dataset, cascade, version
+        self.users, self.items = Numbers(dataset.user_ids), Numbers(dataset.item_ids)
+        self.user_fields: FieldTable = dataset.users
+        self.log_end: int = dataset.plan.now["end"]
+        wish = cascade.config.surface.repeats
+        self.repeats = dataset.repeats if wish == "auto" else wish == "yes"
+        self.default_action = dataset.space.actions[0] if dataset.space.actions else None
+
+    def ids(self, rows: Int) -> list[Any]:
+        """Item ids of catalogue rows [n]."""
+        return self.dataset.item_ids.decode(rows)
+
+    def title(self, row: int) -> str | None:
+        """Text to show an item by."""
+        titles = self.dataset.titles
+        return None if titles is None else titles[row] or None
+
+    def action_ids(self, actions: Sequence[str | None]) -> Int:
+        """int64 [n]; an action that is not named is the log's first one."""
+        return self.dataset.action_ids([self.default_action if action is None else action for action in actions])
+
+
+def load_live(folder: Path) -> Live:
+    """Read a run and answer once; SnapshotError when `folder` is no run or is damaged."""
+    run = load_run(folder)
+    live = Live(run.dataset, run.cascade, run.version)
+    _warm(live)
+    return live
+
+
+def _warm(live: Live) -> None:
+    """Answer once, so that what systems compute on first use is there before the first request."""
+    _, requests = live.dataset.requests_for([None], at=live.log_end)
+    batch = request_batch(live.dataset.histories, live.user_fields, requests, max_history=live.cascade.max_history)
+    live.cascade.run(batch)
