@@ -233,7 +233,7 @@ class Dataset:
     def _pasts(self, rows: Int) -> Histories:
         """The log's events of the users [B] as histories of B users; none for row 0."""
         index = events_of(self.histories, rows)
-        lengths = np.diff(self.histories.offsets)[rows]
+        lengths = self.histories.offsets[rows + 1] - self.histories.offsets[rows]
         arrays = {f.name: getattr(self.histories, f.name)[index] for f in fields(Histories) if f.name != "offsets"}
         return Histories(offsets=np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64), **arrays)
 

@@ -140,7 +140,7 @@ def sort_events(
 
 def events_of(histories: Histories, users: Int) -> Int:
     """Indices of all events of the given user rows [n], end to end."""
-    lengths = np.diff(histories.offsets)[users]
+    lengths = histories.offsets[users + 1] - histories.offsets[users]
     shift = histories.offsets[users] - (np.cumsum(lengths) - lengths)
     return np.arange(lengths.sum()) + np.repeat(shift, lengths)
 
