@@ -1,0 +1,87 @@
+"""`shortlist recommend`: the page one user sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from shortlist.cascade.answers import Answer
+    from shortlist.cascade.engine import Seen
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Folder that `shortlist train --out` wrote.")],
+    user: Annotated[str | None, typer.Option(help="Who is asking; without it, a person without a past.")] = None,
+    k: Annotated[int | None, typer.Option(help="Items on the page; default: as the run says.")] = None,
+    history: Annotated[
+        str | None,
+        typer.Option(help="Item ids, oldest first, separated by commas, in place of the user's own history."),
+    ] = None,
+    events: Annotated[
+        Path | None, typer.Option(help="Event store of the server; default: RUN.events.db where there is one.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the page one user sees, with scores per stage, and what the user did last.
+
+    Example: shortlist recommend RUN --user 12748 --k 10
+    """
+    from shortlist.cascade.engine import Engine, Seen
+
+    sent = None if history is None else [item.strip() for item in history.split(",") if item.strip()]
+    folder = run.absolute()
+    beside = folder.with_name(f"{folder.name}.events.db")
+    with Engine.load(folder, events=events or (beside if beside.exists() else None)) as engine:
+        answer = engine.recommend(user, k, history=sent)
+        if sent is None:
+            past = [] if user is None else engine.history(user, 10)
+        else:
+            newest, live = sent[:-11:-1], engine.live
+            titles = [live.title(row) for row in live.items(newest).tolist()]
+            past = [Seen(item_id=i, title=title, timestamp=None, action=None) for i, title in zip(newest, titles)]
+    if json_:
+        shown = [{name: getattr(event, name) for name in Seen.__slots__} for event in past]
+        typer.echo(json.dumps({**answer.to_dict(), "history": shown}, ensure_ascii=False, indent=1))
+    else:
+        typer.echo("\n".join(page_lines(answer, past)))
+
+
+def page_lines(answer: Answer, past: list[Seen]) -> Iterator[str]:
+    """The page as text for a person."""
+    who = "a person without a name" if answer.user is None else f"user {answer.user}"
+    yield f"{who}, {answer.num_history} past events" + (", the latest:" if past else "")
+    for event in past:
+        when = "" if event.timestamp is None else f"{datetime.fromtimestamp(event.timestamp, UTC):%Y-%m-%d %H:%M}  "
+        yield f"    {when}{_name(event.item_id, event.title)}"
+    stages = [stage.stage for stage in answer.stages]
+    names = [_name(item.item_id, item.title) for item in answer.items]
+    width = max(map(len, names), default=0)
+    yield ""
+    yield f"{'':4}{'page':<{width}}  " + "  ".join(f"{stage:>12}" for stage in stages)
+    for place, (item, name) in enumerate(zip(answer.items, names), start=1):
+        scores = "  ".join(_score(item.scores.get(stage)) for stage in stages)
+        yield f"{place:>3} {name:<{width}}  {scores}".rstrip()
+    yield ""
+    for stage in answer.stages:
+        note = f"  PASSED OVER: {stage.degraded}" if stage.degraded else ""
+        yield (
+            f"{stage.stage:<12} {', '.join(stage.systems)}: {stage.num_received:,} -> {stage.num_kept:,} items, "
+            f"{stage.spent_ms:.1f} ms, {stage.spent_mflop:.2f} MFLOP{note}"
+        )
+    if answer.degraded:
+        yield f"degraded: {answer.degraded}"
+
+
+def _name(item_id: str | int, title: str | None) -> str:
+    text = str(item_id) if title is None else f"{item_id}  {title}"
+    return text if len(text) <= 52 else f"{text[:51]}…"
+
+
+def _score(score: float | None) -> str:
+    return f"{score:>12.4f}" if score is not None else f"{'-':>12}"

@@ -1,0 +1,46 @@
+"""`shortlist serve`: a trained run behind HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Folder that `shortlist train --out` wrote.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.")] = 8000,
+    events: Annotated[
+        Path | None, typer.Option(help="SQLite file for events; default: RUN.events.db beside the run.")
+    ] = None,
+    request_log: Annotated[
+        Path | None, typer.Option(help="SQLite file for the request log; default: RUN.requests.db beside the run.")
+    ] = None,
+    deadline_ms: Annotated[
+        float | None, typer.Option(help="Time after which no stage is waited for; default: wait.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Requests worked on at once.")] = 8,
+) -> None:
+    """Serve a trained run over HTTP until it is told to stop (Ctrl-C or SIGTERM).
+
+    Example: shortlist serve RUN --port 8000
+    """
+    from shortlist.serving.settings import ServerConfig, bind
+
+    config = ServerConfig(host=host, port=port, num_threads=threads)
+    folder = run.absolute()
+    with bind(config) as listener:  # first, since a taken port should not cost the time that loading takes
+        from shortlist.cascade.engine import Engine, EngineConfig
+        from shortlist.serving import server
+
+        # Beside the run and not in it: a run is replaced as a whole when it is trained again.
+        engine = Engine.load(
+            folder,
+            events=events or folder.with_name(f"{folder.name}.events.db"),
+            request_log=request_log or folder.with_name(f"{folder.name}.requests.db"),
+            config=EngineConfig(deadline_ms=deadline_ms),
+        )
+        with engine:
+            server.run(engine, listener, config, say=typer.echo)

@@ -1,0 +1,94 @@
+"""What the server counts, in a registry of its own, so that several servers in one process do not mix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from shortlist.cascade.answers import Answer
+from shortlist.cascade.engine import Engine, Recorded
+
+SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class Metrics:
+    """Counters and histograms of one server."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        own = self.registry
+        self._requests = Counter(
+            "shortlist_http_requests", "Requests answered.", ("route", "method", "status"), registry=own
+        )
+        self._seconds = Histogram(
+            "shortlist_http_seconds",
+            "Time from a request's head to its last byte.",
+            ("route",),
+            buckets=SECONDS,
+            registry=own,
+        )
+        self._stage_seconds = Histogram(
+            "shortlist_stage_seconds", "Time in a stage of the cascade.", ("stage",), buckets=SECONDS, registry=own
+        )
+        self._stage_mflop = Counter("shortlist_stage_mflop", "1e6 FLOPs spent in a stage.", ("stage",), registry=own)
+        self._degraded = Counter(
+            "shortlist_degraded",
+            "Pages made although something failed: a stage, or the engine around it.",
+            ("part",),
+            registry=own,
+        )
+        self._items = Counter("shortlist_items_shown", "Items on pages.", registry=own)
+        self._events = Counter(
+            "shortlist_events", "Events received, by what became of them.", ("outcome",), registry=own
+        )
+        self._unknown = Counter(
+            "shortlist_events_unknown", "Events that name something the snapshot lacks.", ("what",), registry=own
+        )
+        self.registry.register(_EngineState(engine))
+
+    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        """One request is done."""
+        self._requests.labels(route, method, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def page(self, answer: Answer) -> None:
+        """One page was made."""
+        self._items.inc(len(answer.items))
+        for stage in answer.stages:
+            self._stage_seconds.labels(stage.stage).observe(stage.spent_ms / 1e3)
+            self._stage_mflop.labels(stage.stage).inc(stage.spent_mflop)
+            if stage.degraded:
+                self._degraded.labels(stage.stage).inc()
+        if answer.degraded and not any(stage.degraded for stage in answer.stages):
+            self._degraded.labels("engine").inc()
+
+    def events(self, recorded: Recorded) -> None:
+        """Events were kept."""
+        self._events.labels("new").inc(recorded.num_new)
+        self._events.labels("repeated").inc(recorded.num_repeated)
+        self._unknown.labels("user").inc(recorded.num_unknown_users)
+        self._unknown.labels("item").inc(recorded.num_unknown_items)
+        self._unknown.labels("action").inc(recorded.num_unknown_actions)
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _EngineState(Collector):
+    """What the engine knows itself, read when asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        dropped = 0 if self._engine.request_log is None else self._engine.request_log.dropped
+        yield CounterMetricFamily(
+            "shortlist_request_log_dropped", "Answers that did not get into the request log.", value=dropped
+        )
+        yield InfoMetricFamily(
+            "shortlist_snapshot", "The snapshot that answers now.", value={"version": self._engine.snapshot_version}
+        )

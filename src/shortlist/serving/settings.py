@@ -1,0 +1,49 @@
+"""What the HTTP server is started with, and its port. Imports nothing heavy, so that a taken port is told at once."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from shortlist.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """Settings of the HTTP server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; beyond this machine only behind something that checks who is asking."""
+    port: int = 8000
+    """0 = any free one."""
+    max_body_bytes: int = 4 * 2**20
+    """Longest request body."""
+    max_events: int = 10_000
+    """Most events in one body."""
+    num_threads: int = 8
+    """Requests worked on at once; others wait."""
+    grace_s: int = 10
+    """Seconds that requests under way get to finish when the server is told to stop."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
+        for name in ("max_body_bytes", "max_events", "num_threads", "grace_s"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A listening socket; ConfigError when the address can not be had."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.host, config.port))
+        listener.listen(512)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"can not listen on {config.host} port {config.port}: {error.strerror or error}; choose another with --port or --host"
+        ) from error
+    return listener

@@ -1,0 +1,77 @@
+"""One small run, trained once for all tests of the server."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from engine_support import shop_frames
+from shortlist.cascade.build import train_cascade
+from shortlist.cascade.config import RunConfig
+from shortlist.cascade.engine import Engine
+from shortlist.data.dataset import build_dataset
+from shortlist.data.log import read
+from shortlist.serving.app import create_app
+from shortlist.serving.settings import ServerConfig
+
+TRAINED = """
+[surface]
+k = 6
+[trainer]
+epochs = 2
+[stages.retrieval]
+systems = ["counts", "popularity"]
+keep = 25
+[stages.ranking]
+systems = ["dnn"]
+keep = 12
+[stages.re-ranking]
+systems = ["mmr"]
+[systems.dnn]
+dim = 4
+widths = [8]
+max_history = 10
+"""
+
+
+def train(folder: Path, seed: int) -> Path:
+    torch.set_num_threads(1)
+    events, items = shop_frames(seed)
+    config = RunConfig.from_toml(TRAINED)
+    train_cascade(build_dataset(read(events, items=items), config.data_settings), config, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """Folder of a trained run."""
+    return train(tmp_path_factory.mktemp("runs") / "first", 0)
+
+
+@pytest.fixture(scope="session")
+def other_run(tmp_path_factory):
+    """Folder of another one on another year."""
+    return train(tmp_path_factory.mktemp("runs") / "second", 1)
+
+
+@pytest.fixture
+def engine(run, tmp_path):
+    with Engine.load(run, events=tmp_path / "events.db", request_log=tmp_path / "requests.db") as engine:
+        yield engine
+
+
+@pytest.fixture
+def client(engine):
+    with TestClient(create_app(engine, ServerConfig(max_body_bytes=50_000, max_events=100))) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def reader(run, tmp_path_factory):
+    """A client for tests that leave nothing behind."""
+    folder = tmp_path_factory.mktemp("reader")
+    with Engine.load(run, events=folder / "events.db") as engine:
+        config = ServerConfig(max_body_bytes=50_000, max_events=100)
+        with TestClient(create_app(engine, config)) as client:
+            yield client
