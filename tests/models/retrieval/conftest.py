@@ -10,6 +10,7 @@ from shortlist.data.batches import Batch, request_batch
 from shortlist.data.histories import Histories, Requests, View
 from shortlist.data.schema import FieldTable, Space
 
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 DAY = 86_400
 Baskets = Sequence[tuple[int, Sequence[int]]]
 

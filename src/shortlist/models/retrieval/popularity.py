@@ -63,5 +63,5 @@ class Popularity(ItemScorer):
         return self.scores_N.expand(batch.size, -1).clone()
 
     def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
-        """Nothing is computed; the scores are read."""
-        return Cost(bytes=4.0 * shape.num_items)
+        """Nothing is computed; the scores are read, one operation each."""
+        return Cost(item_flops=1.0, bytes=4.0 * shape.num_items)
