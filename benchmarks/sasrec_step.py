@@ -61,7 +61,7 @@ class PaddedSASRec(nn.Module):
         later_LL = torch.ones(L, L, dtype=torch.bool).triu(1)
         for block, attention in zip(model.blocks, self.attentions):
             normed_BLD = block.norm_attention(x_BLD)
-            # Padding needs no key mask: the rows that would see it are wholly padding or give it no weight after this mask.
+            # Each cell sees itself, padding too: a row that sees nothing would give NaN.
             mask = (later_LL | ~is_real_BL1.transpose(1, 2)) & ~torch.eye(L, dtype=torch.bool)
             mask = mask.repeat_interleave(model.config.num_heads, 0)
             mixed_BLD, _ = attention(normed_BLD, normed_BLD, normed_BLD, attn_mask=mask, need_weights=False)

@@ -17,6 +17,7 @@ from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.models.base import RequestShape
 from shortlist.models.retrieval.sasrec import SASRec, SASRecConfig, _items_of_users
+from shortlist.registry import find
 from support import NUM_ITEMS, PER_CLUSTER, planted_space, planted_view, training_batch
 
 LOSSES = ("full_softmax", "sampled_softmax", "gbce", "bce_k", "bce")
@@ -39,7 +40,7 @@ def view_of(rows: list[list[list[int]]], num_items: int) -> View:
     known = torch.zeros(num_items + 1, dtype=torch.bool)
     known[torch.from_numpy(item)] = True
     space = Space(items=FieldTable(num_items + 1), known_items=known, num_users=len(rows))
-    return View(histories=histories, space=space, users=FieldTable(len(rows) + 1), now=int(clock.max()) + 1)
+    return View(histories=histories, space=space, users=FieldTable(len(rows) + 1), now=int(clock.max(initial=0)) + 1)
 
 
 def batch_of(view: View, rows: list[list[int]]) -> Batch:
@@ -246,6 +247,10 @@ def test_someone_without_known_history_gets_the_popular_items():
     model = learn(make(view), view, epochs=3)
     ranking = model.retrieve(batch_of(view, [[], [6], [2]]), 3).rows  # item 6 has no events, and no fields describe it
     assert ranking[0].tolist()[:2] == [2, 3]
+    popularity = find("popularity")
+    counted = popularity.cls(popularity.config(), view.space)
+    counted.prepare(view)
+    assert torch.equal(ranking[:1], counted.retrieve(batch_of(view, [[]]), 3).rows)
     assert ranking[1].tolist() == ranking[0].tolist()
     assert ranking[2].tolist() != ranking[0].tolist()
 

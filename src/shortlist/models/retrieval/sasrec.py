@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from shortlist.data.schema import Space
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.attention import CausalSelfAttention, LengthClasses, attention_flops
+from shortlist.layers.counting import popularity_order
 from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.losses import (
     bce_loss,
@@ -85,6 +85,8 @@ class SASRecConfig:
     """Add item fields to the item's vector; False is the paper's model."""
     id_dropout: float = 0.1
     """Share of item ids hidden in training where there are fields, so that the fields can stand for an item without events."""
+    window_days: float | None = 14.0
+    """Users without history get the popular items of the last so many days of training; None = of all times."""
     init_std: float = 0.02
     """Standard deviation of all initial weights; N(0, 1) tables saturate the sigmoid of the BCE losses."""
     table: TableChoice = field(default_factory=TableChoice)
@@ -99,6 +101,8 @@ class SASRecConfig:
                 raise ConfigError(f"sasrec: {name} must be from 0 to below 1, got {getattr(self, name)}")
         if self.dim % self.num_heads:
             raise ConfigError(f"sasrec: num_heads must divide dim, got {self.num_heads} heads and dim {self.dim}")
+        if self.window_days is not None and self.window_days <= 0:
+            raise ConfigError(f"sasrec: window_days must be above 0 or absent, got {self.window_days}")
         if self.temperature <= 0 or self.init_std <= 0:
             raise ConfigError(
                 f"sasrec: temperature and init_std must be above 0, got {self.temperature} and {self.init_std}"
@@ -161,7 +165,7 @@ class SASRec(VectorRetriever):
     Config = SASRecConfig
     feed = "next_event"
     config: SASRecConfig
-    log_popularity_N: Tensor
+    popularity_N: Tensor
     candidates_N: Tensor
 
     def __init__(self, config: SASRecConfig, space: Space) -> None:
@@ -182,7 +186,7 @@ class SASRec(VectorRetriever):
         is_candidate_N = space.known_items.clone() if self.items.num_fields else torch.ones_like(space.known_items)
         is_candidate_N[0] = False
         self.register_buffer("candidates_N", is_candidate_N, persistent=False)
-        self.register_buffer("log_popularity_N", torch.zeros(space.num_items + 1))
+        self.register_buffer("popularity_N", torch.zeros(space.num_items + 1))
 
     def _initialise(self) -> None:
         """Normal weights and zero biases; the id table and the fields have set themselves."""
@@ -193,10 +197,8 @@ class SASRec(VectorRetriever):
                 nn.init.zeros_(module.bias)
 
     def prepare(self, view: View) -> None:
-        """Count items, for users without history."""
-        counts = np.bincount(view.histories.item, minlength=self.space.num_items + 1)
-        log_popularity_N = torch.from_numpy(np.log1p(counts)).float()
-        self.buffer("log_popularity_N", log_popularity_N.to(self.space_device()))
+        """What to show to users without history."""
+        self.buffer("popularity_N", popularity_order(view, self.config.window_days).to(self.space_device()))
 
     def losses(self, batch: Batch) -> Losses:
         """{"next": loss} of a next-event batch; 0 where no position is supervised."""
@@ -272,8 +274,8 @@ class SASRec(VectorRetriever):
         return user_BD.float()
 
     def encode_items(self, rows: Tensor) -> Tensor:
-        """float32 [n, D + 1]: the item's vector and the log of its popularity, which only users without history read."""
-        return torch.cat([self._normed(self.items(rows)), self.log_popularity_N[rows, None]], dim=1).float()
+        """float32 [n, D + 1]: the item's vector and its popularity in 0..1, which only users without history read."""
+        return torch.cat([self._normed(self.items(rows)), self.popularity_N[rows, None]], dim=1).float()
 
     def _readable(self, rows: Jagged) -> Jagged:
         """Without events that say nothing: unknown items, and items without training events where no field describes them."""
