@@ -305,7 +305,7 @@ def compare(reports: list[Report], *, reference: str | None = None, seed: int = 
             for r in reports
             if r is not base
         }
-        corrected = holm([t.p_value for t in found.values()]) if found else []
+        corrected = holm([t.p_value for t in found.values()]).tolist() if found else []
         for (name, t), p in zip(found.items(), corrected):
-            tests[name][metric] = {"difference": t.difference, "low": t.low, "high": t.high, "p_value": float(p)}
+            tests[name][metric] = {"difference": t.difference, "low": t.low, "high": t.high, "p_value": p}
     return Comparison(reports=tuple(reports), reference=base.name, tests=tests)

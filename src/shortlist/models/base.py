@@ -278,5 +278,6 @@ def load_weights(system: System, tensors: Mapping[str, Tensor]) -> None:
         else:
             module.register_buffer(leaf, value)
     missing, unexpected = system.load_state_dict(dict(tensors), strict=False)
+    system.train(system.training)  # drops item vectors kept from the weights before
     if missing or unexpected:
         raise ValueError(f"weights of {type(system).__name__}: missing {missing}, unexpected {unexpected}")

@@ -1,0 +1,90 @@
+"""`shortlist train`: a log becomes a trained cascade."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shortlist.cli._options import Json, LogOptions, Quiet, Settings, with_log
+
+
+@with_log
+def command(
+    log: LogOptions,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run; an earlier run there is replaced when the new one is complete.")
+    ],
+    config: Annotated[
+        Path | None, typer.Option(help="TOML with stages and settings; default: chosen from what the log offers.")
+    ] = None,
+    settings: Settings = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from a training that was stopped.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print every setting as TOML and stop.")] = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """Train a cascade on a log: every stage, each later one on what the earlier ones let through.
+
+    Example: shortlist train clicks.csv --items products.csv --out runs/shop --set ranking.keep=50
+    """
+    from shortlist.cascade.build import train_cascade
+    from shortlist.cascade.config import RunConfig
+    from shortlist.cascade.fitting import default_config
+    from shortlist.data.dataset import build_dataset
+    from shortlist.evaluation.tables import aligned, losses_text
+
+    say = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
+    run_config = RunConfig.from_toml(config) if config else RunConfig()
+    if settings and not run_config.stages:
+        # Stages are chosen from the log, so settings that speak of them are applied after that choice.
+        sections = [s for s in settings if s.partition(".")[0] in ("data", "surface", "learning", "trainer")]
+        run_config, settings = run_config.override(*sections), [s for s in settings if s not in sections]
+    elif settings:
+        run_config, settings = run_config.override(*settings), None
+    events = log.open(default_quarantine=out.with_name(f"{out.name}.quarantine.csv"))
+    for line in _reading(log, events):
+        say(line)
+    dataset = build_dataset(events, run_config.data_settings)
+    run_config = default_config(dataset, run_config)
+    if settings:
+        run_config = run_config.override(*settings)
+    if print_config:
+        typer.echo(run_config.to_toml())
+        return
+    run = train_cascade(dataset, run_config, out, progress=not quiet, resume=not fresh)
+    if json_:
+        typer.echo(json.dumps({"run": str(out), "version": run.version, **run.metrics}, indent=1))
+        return
+    valid = run.metrics["validation"]
+    rows = [["system", "stage", "epochs", "validation ndcg", "seconds"]]
+    rows += [
+        [s["name"], s["stage"], str(s["epochs"]), f"{s['ndcg']:.4f}", f"{s['seconds']:.1f}"]
+        for s in run.metrics["systems"]
+    ]
+    k = run.config.surface.k
+    typer.echo("\n".join(aligned(rows)))
+    typer.echo(f"\nvalidation page: ndcg@{k} {valid[f'ndcg@{k}']:.4f} on {valid['requests']:,} requests\n")
+    typer.echo(losses_text(valid["lost_at"]))
+    typer.echo(
+        f"\nThe run is in {out}. Next: shortlist evaluate {out}; shortlist recommend {out} --user ID; shortlist serve {out}"
+    )
+
+
+def _reading(log: LogOptions, events: object) -> list[str]:
+    """What was read and how it was understood."""
+    from shortlist.data.log import EventLog
+    from shortlist.data.roles import describe_roles
+
+    assert isinstance(events, EventLog)
+    lines = [
+        f"{events.source}: {events.events.height:,} events",
+        *describe_roles(events.roles, log.roles()),
+        *events.notes,
+    ]
+    if events.quarantined.total:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in events.quarantined.counts.items())
+        lines.append(f"{events.quarantined.total:,} bad rows kept aside in {events.quarantined.path}: {reasons}")
+    return lines
