@@ -91,7 +91,6 @@ class Circumstances:
 def make_answers(live: Live, page: Page, told: Circumstances) -> list[Answer]:
     """Answers to B requests from their page; Python touches the items shown, not the candidates."""
     rows_Bk, scores_Bk = page.rows.cpu().numpy(), page.scores.cpu().numpy()
-    ids = iter(live.ids(rows_Bk[rows_Bk > 0]))
     stages = [_StageArrays.of(trace) for trace in page.traces]
     answers = []
     for place, (user, ruling, reports) in enumerate(zip(told.users, told.rulings, page.reports)):
@@ -100,7 +99,7 @@ def make_answers(live: Live, page: Page, told: Circumstances) -> list[Answer]:
         by_stage = {stage.name: stage.scores_of(place, rows_k) for stage in stages}
         items = tuple(
             Item(
-                item_id=next(ids),
+                item_id=live.id(row),
                 score=_number(score),
                 title=live.title(row),
                 scores={name: _number(values[i]) for name, (found, values) in by_stage.items() if found[i]},

@@ -268,8 +268,8 @@ class Engine:
         times = past.time[newest].tolist() if live.dataset.space.has_clock else [None] * len(rows)
         names = (None, *live.dataset.space.actions)
         return [
-            Seen(item_id=item_id, title=live.title(row), timestamp=then, action=names[action])
-            for item_id, row, then, action in zip(live.ids(rows), rows.tolist(), times, actions)
+            Seen(item_id=live.id(row), title=live.title(row), timestamp=then, action=names[action])
+            for row, then, action in zip(rows.tolist(), times, actions)
         ]
 
     def close(self) -> None:
@@ -377,7 +377,7 @@ class Engine:
         try:
             past, moments = self._pasts(live, asked, now, problems)
             histories, requests = live.dataset.requests_for(
-                asked.users, at=moments, histories=past, context=asked.context
+                asked.users, rows=live.users(asked.users), at=moments, histories=past, context=asked.context
             )
             batch = request_batch(
                 histories,

@@ -31,6 +31,10 @@ class Live:
         """Item ids of catalogue rows [n]."""
         return self.dataset.item_ids.decode(rows)
 
+    def id(self, row: int) -> Any:
+        """Item id of a catalogue row above 0; for a handful of rows quicker than `ids`, which wakes a pool of threads."""
+        return self.dataset.item_ids.ids[row - 1]
+
     def title(self, row: int) -> str | None:
         """Text to show an item by."""
         titles = self.dataset.titles

@@ -1,12 +1,14 @@
 """The last requests and what every stage did with them, for replay, explanation and off-policy estimates.
 
-A request only puts its record into a bounded queue; one thread writes them to a SQLite file beside the run, newest `max_rows` kept. When
-the queue is full the record is dropped and counted: an answer never waits for its log line.
+A request only puts its record into a bounded queue; one thread writes them to a SQLite file, newest `max_rows` kept. When the queue is
+full the record is dropped and counted: an answer never waits for its log line. The writer works in bursts, and on arrays and not on
+single numbers, since while it runs Python the requests do not.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 import zlib
@@ -40,6 +42,8 @@ from shortlist.errors import ConfigError, DataError
 from shortlist.store.events import sqlite_engine
 
 _BATCH = 256
+_LINGER_S = 0.1
+"""Time between bursts, so that most requests meet no writer at all."""
 _METADATA = MetaData()
 REQUESTS = Table(
     "requests",
@@ -53,6 +57,7 @@ REQUESTS = Table(
     Column("propensity", Double, nullable=False),
     Column("degraded", String),
     Column("details", LargeBinary, nullable=False),
+    Column("scores", LargeBinary, nullable=False),
     Index("requests_by_request_id", "request_id"),
     sqlite_autoincrement=True,
 )
@@ -119,6 +124,7 @@ class RequestLog:
             raise DataError(f"{self.path} can not be used as a request log: {getattr(error, 'orig', error)}") from error
         self._dropped = 0
         self._counting = threading.Lock()
+        self._hurry = threading.Event()
         self._waiting: queue.Queue[_Waiting | None] = queue.Queue(max_waiting)
         self._writer = threading.Thread(target=self._write_all, name="request-log", daemon=True)
         self._writer.start()
@@ -148,6 +154,11 @@ class RequestLog:
             row = connection.execute(select(REQUESTS).where(REQUESTS.c.request_id == request_id)).first()
         if row is None:
             return None
+        details = json.loads(zlib.decompress(row.details))
+        scores = np.frombuffer(zlib.decompress(row.scores), dtype=np.float32)
+        ends = np.cumsum([len(stage["items"]) for stage in details["stages"]])
+        for stage, mine in zip(details["stages"], np.split(scores, ends)):
+            stage["scores"] = [value if math.isfinite(value) else None for value in mine.tolist()]
         return {
             "request_id": row.request_id,
             "at_ms": row.at_ms,
@@ -156,7 +167,7 @@ class RequestLog:
             "snapshot_version": row.snapshot_version,
             "propensity": row.propensity,
             "degraded": row.degraded,
-            **json.loads(zlib.decompress(row.details)),
+            **details,
         }
 
     def __len__(self) -> int:
@@ -168,11 +179,14 @@ class RequestLog:
     def flush(self) -> None:
         """Wait until everything that was added so far is written."""
         if self._writer.is_alive():
+            self._hurry.set()
             self._waiting.join()
+            self._hurry.clear()
 
     def close(self) -> None:
         """Write what waits and let go of the file."""
         if self._writer.is_alive():
+            self._hurry.set()
             self._waiting.put(None)
             self._writer.join()
         self._engine.dispose()
@@ -182,6 +196,8 @@ class RequestLog:
         running = True
         while running:
             taken = [self._waiting.get()]
+            if taken[0] is not None:
+                self._hurry.wait(_LINGER_S)
             while len(taken) < _BATCH and not self._waiting.empty():
                 taken.append(self._waiting.get_nowait())
             records = [record for record in taken if record is not None]
@@ -211,16 +227,18 @@ _Waiting = tuple[LoggedRequest, Callable[[Int], list[Id | None]]]
 
 
 def _row(request: LoggedRequest, ids_of: Callable[[Int], list[Id | None]]) -> dict[str, Any]:
+    ids = ids_of(np.concatenate([stage.rows for stage in request.stages]))
+    ends = np.cumsum([len(stage.rows) for stage in request.stages]).tolist()
     details = {
         "k": request.k,
         "page": list(request.page),
         "stages": [
-            {"name": stage.name, "items": ids_of(stage.rows), "scores": _numbers(stage.scores)}
-            for stage in request.stages
+            {"name": stage.name, "items": ids[end - len(stage.rows) : end]} for stage, end in zip(request.stages, ends)
         ],
         "reports": [asdict(report) for report in request.reports],
         "removed": dict(request.removed),
     }
+    scores = np.concatenate([stage.scores for stage in request.stages]).astype(np.float32)
     return {
         "request_id": request.request_id,
         "at_ms": request.at_ms,
@@ -230,9 +248,5 @@ def _row(request: LoggedRequest, ids_of: Callable[[Int], list[Id | None]]) -> di
         "propensity": request.propensity,
         "degraded": request.degraded,
         "details": zlib.compress(json.dumps(details).encode(), level=1),
+        "scores": zlib.compress(scores.tobytes(), level=1),
     }
-
-
-def _numbers(scores: Float) -> list[float | None]:
-    """Scores with the digits a float32 has; None where one is no finite number, since JSON has none."""
-    return [float(f"{value:.8g}") if np.isfinite(value) else None for value in scores.tolist()]

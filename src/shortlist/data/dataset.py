@@ -133,6 +133,7 @@ class Dataset:
         self,
         users: Sequence[Id | None],
         *,
+        rows: Int | None = None,
         at: int | Sequence[int] | Int | None = None,
         histories: Histories | None = None,
         context: Mapping[str, Sequence[Any]] | None = None,
@@ -141,13 +142,14 @@ class Dataset:
 
         Args:
             users: [B] ids; unknown ones are row 0.
+            rows: [B] their rows, where the caller has looked them up already.
             at: seconds, one or [B]; later events are not read. None = one second after each history's last event.
             histories: user row i + 1 = the past of users[i], made with `sort_events`; None = what the log says.
             context: raw values [B] of declared context columns; missing ones are unknown.
 
         Returns: the histories that the requests point into, and B requests.
         """
-        rows = self.user_ids.encode(users)
+        rows = self.user_ids.encode(users) if rows is None else rows
         past = self._pasts(rows) if histories is None else histories
         if past.num_users != len(rows):
             raise DataError(

@@ -28,6 +28,8 @@ def run(engine: Engine, listener: socket.socket, config: ServerConfig, say: Call
     """
     # Requests run side by side; a pool of torch threads inside each would only fight over the same cores.
     torch.set_num_threads(1)
+    # A thread that holds the interpreter hands it over after 1 ms and not 5, so that a log writer's burst delays no answer by more.
+    sys.setswitchinterval(0.001)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     if not ipaddress.ip_address(host).is_loopback:
