@@ -5,8 +5,9 @@
     candidates                trained on the fit requests' candidates, as the stages before let them through, stopped on the
                               validation requests' candidates
 
-Nothing is learned from the test window. Once all is selected, systems that learn no weights count again on view("test"), which is
-everything before the test window: fresher counts, as a shop would have. Weights stay as they were selected.
+Systems that learn no weights count again as time goes on, as a shop's nightly job would: before every slice of the fit window, so that
+later stages learn from counts as fresh as those they will meet; before the validation window; and, when all is selected, before the test
+window. Weights stay as they were trained and selected. Nothing is learned from the test window.
 
 Training leaves its state in `OUT.training`: one folder per system, named by what went into it, so that a run that was stopped goes on
 where it was, and a run with other settings of a late stage does not train the early ones again. The folder goes when all is done.
@@ -19,7 +20,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,7 @@ from shortlist.cascade.lessons import (
     chunks,
     collect,
     full_ranking_score,
+    joined,
     make_batch,
     sample,
 )
@@ -51,9 +53,12 @@ from shortlist.errors import ConfigError
 from shortlist.metrics import ranking
 from shortlist.models.base import Phase, System
 from shortlist.store.snapshot import check_writable
-from shortlist.training.context import chosen_device
+from shortlist.training.context import chosen_device, deterministic
 from shortlist.training.sources import BatchSource, NextEventSource, TargetSource
-from shortlist.training.trainer import FREE_SETTINGS, TrainReport, fit
+from shortlist.training.trainer import FREE_SETTINGS, fit
+
+COUNTED_BYTES = 2 << 30
+"""Memory at most for systems that only count, kept at several moments."""
 
 __all__ = ["Run", "SystemReport", "load_run", "train_cascade"]
 
@@ -111,7 +116,7 @@ def train_cascade(
         builder = _Builder(dataset, config, state, progress)
         builder.train()
         metrics = builder.validate()
-        cascade = builder.refreshed()
+        cascade = builder.cascade(dataset.view("test"))
     metrics["systems"] = [asdict(report) for report in builder.reports]
     manifest = save_run(out, dataset, config, cascade, metrics)
     if not keep_training:
@@ -129,6 +134,7 @@ class _Builder:
         self.reports: list[SystemReport] = []
         self.prints: dict[str, str] = {}
         """Fingerprint of what went into each system."""
+        self._counted: dict[tuple[str, int, int], System] = {}
 
     @cached_property
     def view(self) -> View:
@@ -182,20 +188,52 @@ class _Builder:
             upstream,
         )
         validate = self._validation(system, stage, lessons)
+        if not feeds:
+            self._count(name, stage, validate)
+            return
         report = fit(
             system,
             self.view,
             lambda phase: self._source(phase, system, name, lessons),
             config=trainer,
-            validate=validate if feeds else None,
+            validate=validate,
             folder=self._folder(name),
             progress=self.progress,
         )
-        system.to(self.device).eval()
-        self.systems[name] = system
+        self.systems[name] = system.to(self.device).eval()
+        ndcg = report.best_score
+        if ndcg is None:  # its epochs ended between two validations
+            with torch.no_grad():
+                ndcg = validate(system)
+        self._report(name, stage, report.epochs, report.best_epoch, ndcg, report.seconds)
+
+    def _count(self, name: str, stage: Stage, validate: Callable[[System], float]) -> None:
+        """A system without phases: it only counts. It is judged with counts as fresh as the validation requests will find them."""
+        began = time.perf_counter()
+        self.systems[name] = self.counted(name, self.view)
         with torch.no_grad():
-            ndcg = report.best_score if report.best_score is not None else validate(system)
-        self._report(name, stage, report, ndcg)
+            ndcg = validate(
+                self.counted(name, self.dataset.view("valid") if self.config.learning.refresh else self.view)
+            )
+        self._report(name, stage, 0, None, ndcg, time.perf_counter() - began)
+
+    def counted(self, name: str, view: View) -> System:
+        """A system that learns no weights, made on a view; kept while there is room, since every later stage asks again."""
+        key = (name, view.now, view.histories.num_events)
+        if key not in self._counted:
+            system = make_system(self.config, name, view.space)
+            with deterministic(self.config.trainer.deterministic):
+                system.prepare(view)
+            self._counted[key] = system.to(self.device).eval()
+            while len(self._counted) > 1 and sum(map(num_bytes, self._counted.values())) > COUNTED_BYTES:
+                del self._counted[next(iter(self._counted))]
+        return self._counted[key]
+
+    def fresh(self, view: View) -> dict[str, System]:
+        """All systems so far: those that only count made on `view`, the others as they were trained."""
+        if not self.config.learning.refresh:
+            return dict(self.systems)
+        return {name: system if system.phases() else self.counted(name, view) for name, system in self.systems.items()}
 
     def _source(self, phase: Phase, system: System, name: str, lessons: _StageLessons) -> BatchSource:
         trainer, learning = self.config.trainer_of(name), self.config.learning
@@ -229,14 +267,11 @@ class _Builder:
             return lambda trained: full_ranking_score(trained, self.dataset, self.valid, k)
         return lambda trained: candidate_score(trained, self.dataset, lessons.valid, k)
 
-    def _report(self, name: str, stage: Stage, report: TrainReport, ndcg: float) -> None:
+    def _report(
+        self, name: str, stage: Stage, epochs: int, best_epoch: int | None, ndcg: float, seconds: float
+    ) -> None:
         made = SystemReport(
-            name=name,
-            stage=stage.name,
-            epochs=report.epochs,
-            best_epoch=report.best_epoch,
-            ndcg=ndcg,
-            seconds=round(report.seconds, 3),
+            name=name, stage=stage.name, epochs=epochs, best_epoch=best_epoch, ndcg=ndcg, seconds=round(seconds, 3)
         )
         self.reports.append(made)
         total = len(self.config.systems)
@@ -256,23 +291,16 @@ class _Builder:
 
     # -- the whole -----------------------------------------------------------------------------------------------
 
-    def cascade(
-        self, systems: Mapping[str, System], *, window_of_popular: str = "fit", partial: bool = False
-    ) -> Cascade:
-        """The stages with these systems."""
-        view = self.view if window_of_popular == "fit" else self.dataset.view("test")
+    def cascade(self, view: View, *, partial: bool = False) -> Cascade:
+        """The stages so far, with everything that only counts made on `view`."""
+        popular = most_chosen(view if self.config.learning.refresh else self.view)
         return Cascade(
-            self.config,
-            self.dataset.space,
-            systems,
-            popular=most_chosen(view),
-            device=self.device,
-            partial=partial,
+            self.config, self.dataset.space, self.fresh(view), popular=popular, device=self.device, partial=partial
         )
 
     def validate(self) -> dict[str, Any]:
         """The whole cascade on validation requests: quality at the page, what each stage lost, what each stage cost."""
-        cascade, k = self.cascade(self.systems), self.config.surface.k
+        cascade, k = self.cascade(self.dataset.view("valid")), self.config.surface.k
         meter, lost, pages = Meter(), [], []
         began = time.perf_counter()
         for index in chunks(len(self.valid), self.dataset.num_items):
@@ -303,26 +331,6 @@ class _Builder:
             "repeats": self.dataset.repeats,
         }
 
-    def refreshed(self) -> Cascade:
-        """The cascade to be served: what learns no weights has counted again on everything before the test window."""
-        if not self.config.learning.refresh:
-            return self.cascade(self.systems)
-        view = self.dataset.view("test")
-        systems = dict(self.systems)
-        for name, system in self.systems.items():
-            if not system.phases():
-                systems[name] = make_system(self.config, name, view.space)
-                fit(
-                    systems[name],
-                    view,
-                    _no_source,
-                    config=self.config.trainer_of(name),
-                    folder=self.state / f"{name}-{self.prints[name]}-refreshed",
-                    progress=False,
-                )
-                systems[name].to(self.device).eval()
-        return self.cascade(systems, window_of_popular="test")
-
 
 class _StageLessons:
     """What a stage's systems learn from, made when first asked for and then kept for all of them."""
@@ -339,23 +347,37 @@ class _StageLessons:
         builder, learning = self.builder, self.builder.config.learning
         seed = builder.config.trainer.seed
         requests = sample(builder.dataset.split.fit, learning.fit_requests, seed)
-        return self._collect(requests, "fit", learning.max_candidates)
+        parts = [
+            self._collect(part, view, learning.max_candidates)
+            for part, view in self._slices(requests, learning.slices if learning.refresh else 1)
+        ]
+        return self._told("fit", joined(parts))
 
     @cached_property
     def valid(self) -> Lessons:
         """Validation requests with all their candidates."""
-        return self._collect(self.builder.valid, "validation", None)
+        return self._told("validation", self._collect(self.builder.valid, self.builder.dataset.view("valid"), None))
 
-    def _collect(self, requests: Requests, window: str, most: int | None) -> Lessons:
-        builder, began = self.builder, time.perf_counter()
-        cascade = builder.cascade(builder.systems, partial=True)
-        lessons = collect(
-            cascade, builder.dataset, requests, self.stage.name, most=most, seed=builder.config.trainer.seed
-        )
-        found = float(lessons.label.sum()) / max(len(requests.target), 1)
-        builder.say(
-            f"{self.stage.name}: {len(requests):,} {window} requests with {len(lessons.rows.values):,} candidates, "
-            f"{found:.1%} of what was chosen is among them, {time.perf_counter() - began:.1f} s"
+    def _slices(self, requests: Requests, count: int) -> Iterator[tuple[Requests, View]]:
+        """The requests cut by time, each part with what was known when it began. One part where the protocol does not cut by time."""
+        dataset = self.builder.dataset
+        if dataset.split.protocol != "time" or not dataset.space.has_clock:
+            yield requests, self.builder.view
+            return
+        for part in np.array_split(np.argsort(requests.time, kind="stable"), count):
+            if len(part):
+                yield requests.select(part), dataset.view_before(int(requests.time[part].min()))
+
+    def _collect(self, requests: Requests, view: View, most: int | None) -> Lessons:
+        builder = self.builder
+        cascade = builder.cascade(view, partial=True)
+        return collect(cascade, builder.dataset, requests, self.stage.name, most=most, seed=builder.config.trainer.seed)
+
+    def _told(self, window: str, lessons: Lessons) -> Lessons:
+        found = float(lessons.label.sum()) / max(len(lessons.requests.target), 1)
+        self.builder.say(
+            f"{self.stage.name}: {len(lessons.requests):,} {window} requests with {len(lessons.rows.values):,} candidates, "
+            f"{found:.1%} of what was chosen is among them"
         )
         return lessons
 
@@ -364,6 +386,11 @@ def most_chosen(view: View) -> Tensor:
     """int64 [n] all catalogue rows by their number of events, most first; equals by row."""
     counts = np.bincount(view.histories.item, minlength=view.space.num_items + 1)[1:]
     return torch.from_numpy(np.argsort(-counts, kind="stable") + 1)
+
+
+def num_bytes(system: System) -> int:
+    """Memory of its parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*system.parameters(), *system.buffers()))
 
 
 def fingerprint(*parts: Any) -> str:
@@ -376,7 +403,3 @@ def fingerprint(*parts: Any) -> str:
         else:
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:12]
-
-
-def _no_source(phase: Phase) -> BatchSource:
-    raise AssertionError(f"phase {phase.name!r} of a system that has no phases")

@@ -59,7 +59,10 @@ class Learning:
     max_targets: int | None = 16
     """Targets per past request that a two-tower sees in one epoch; none = all."""
     refresh: bool = True
-    """After selection, systems that learn no weights count again on everything before the test window."""
+    """Systems that learn no weights count again, as a nightly job would: before every slice of the fit window, before the validation
+    window, and, when all is selected, before the test window. Weights stay as they were trained."""
+    slices: int = 4
+    """Parts of the fit window, cut by time: later stages learn from counts about as fresh as those that they will meet."""
 
     def __post_init__(self) -> None:
         for f in fields(self):

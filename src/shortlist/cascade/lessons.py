@@ -5,7 +5,7 @@ R requests, total = all candidates of all requests end to end, B requests of a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -98,6 +98,21 @@ def make_batch(dataset: Dataset, requests: Requests, max_history: int) -> Batch:
     """The requests as every stage is asked them: what may not be repeated is excluded."""
     return request_batch(
         dataset.histories, dataset.users, requests, max_history=max_history, exclude_history=not dataset.repeats
+    )
+
+
+def joined(parts: Sequence[Lessons]) -> Lessons:
+    """Lessons end to end."""
+    if len(parts) == 1:
+        return parts[0]
+    return Lessons(
+        requests=Requests.joined([part.requests for part in parts]),
+        rows=Jagged.from_lengths(
+            torch.cat([part.rows.values for part in parts]), torch.cat([part.rows.lengths for part in parts])
+        ),
+        pair={name: torch.cat([part.pair[name] for part in parts]) for name in parts[0].pair},
+        label=torch.cat([part.label for part in parts]),
+        worth=torch.cat([part.worth for part in parts]),
     )
 
 

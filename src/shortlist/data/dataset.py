@@ -101,17 +101,28 @@ class Dataset:
         """
         if window not in WINDOW_NUMBER:
             raise DataError(f"there is no window {window!r}; choose from {', '.join(WINDOW_NUMBER)}")
-        seen = self._seen(window)
+        return self._view(self._seen(window), self.plan.now[window])
+
+    def view_before(self, moment: int) -> View:
+        """Events before a moment (seconds) of the fit window or earlier, for logs cut by time; users and items known by then.
+
+        DataError for a later moment, or where the log is not cut by time.
+        """
+        if self.split.protocol != "time" or not self.space.has_clock or moment > self.plan.now["valid"]:
+            raise DataError("view_before reads a log that is cut by time, up to the validation window")
+        return self._view(self._seen("valid") & (self.histories.time < moment), moment)
+
+    def _view(self, seen: NDArray[np.bool_], now: int) -> View:
         kept = self.histories.keep(seen)
-        num_users = int(np.count_nonzero(np.diff(kept.offsets)))
-        histories = replace(kept, offsets=kept.offsets[: num_users + 2])
         known = torch.zeros(self.num_items + 1, dtype=torch.bool)
-        known[torch.from_numpy(np.unique(histories.item))] = True
+        known[torch.from_numpy(np.unique(kept.item))] = True
+        active = np.flatnonzero(np.diff(kept.offsets))
+        num_users = int(active.max(initial=0))
         return View(
-            histories=histories,
+            histories=replace(kept, offsets=kept.offsets[: num_users + 2]),
             space=replace(self.space, known_items=known, num_users=num_users),
             users=first_rows(self.all_users, num_users + 1),
-            now=self.plan.now[window],
+            now=now,
             repeats=self.repeats,
         )
 

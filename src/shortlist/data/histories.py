@@ -11,7 +11,7 @@ Arrays may be memory maps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -140,6 +140,21 @@ class Requests:
             target=self.target[where],
             target_value=self.target_value[where],
             context={name: column[index] for name, column in self.context.items()},
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[Requests]) -> Requests:
+        """Requests of the same histories end to end; at least one part."""
+        counts = [np.diff(part.target_offsets) for part in parts]
+        return cls(
+            user=np.concatenate([part.user for part in parts]),
+            time=np.concatenate([part.time for part in parts]),
+            start=np.concatenate([part.start for part in parts]),
+            end=np.concatenate([part.end for part in parts]),
+            target_offsets=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64),
+            target=np.concatenate([part.target for part in parts]),
+            target_value=np.concatenate([part.target_value for part in parts]),
+            context={name: np.concatenate([part.context[name] for part in parts]) for name in parts[0].context},
         )
 
 

@@ -109,7 +109,7 @@ class Jagged:
     @classmethod
     def from_nested(cls, nested: Tensor) -> Jagged:
         """From a PyTorch jagged nested tensor, sharing memory."""
-        return cls(nested.values(), nested.offsets())
+        return cls(nested.values(), nested.offsets())  # type: ignore[attr-defined]
 
     def to_torchrec(self) -> object:
         """As TorchRec's JaggedTensor, sharing memory; needs the torchrec package."""
