@@ -48,14 +48,14 @@ class Surface:
 class Learning:
     """How stages are trained and selected."""
 
-    fit_requests: int = 30_000
+    fit_requests: int = 20_000
     """Requests at most, drawn at random from the fit window, on which rankers learn."""
     valid_requests: int = 2_000
     """Requests at most, drawn from the validation window, on which each system's training is stopped."""
-    max_candidates: int = 100
+    max_candidates: int = 300
     """Candidates kept per fit request: all that were chosen and a random part of the others, drawn once."""
-    num_negatives: int | None = 50
-    """Of those, so many not chosen ones are shown to a ranker per request and epoch; none = all."""
+    num_negatives: int | None = None
+    """Of those, so many not chosen ones are shown to a ranker per request and epoch; none = all, which ranks best but costs most."""
     max_targets: int | None = 16
     """Targets per past request that a two-tower sees in one epoch; none = all."""
     refresh: bool = True

@@ -11,7 +11,7 @@ from shortlist.cascade.config import RunConfig
 from shortlist.data.dataset import Dataset
 from shortlist.data.schema import Image, Text
 from shortlist.errors import ConfigError
-from shortlist.registry import Entry, Need, systems
+from shortlist.registry import Entry, Need, find, systems
 
 MISSING: Mapping[Need, str] = {
     "order": "the log has no times, so nobody knows what came first",
@@ -25,6 +25,11 @@ MISSING: Mapping[Need, str] = {
     "image": "the items have no images",
 }
 """Why a system can not be served, by what it needs."""
+
+SMALL = 5_000
+"""Fit requests below which rankers read no item ids."""
+MOST_ITEMS_OF_EASE = 10_000
+"""Catalogue above which a matrix of all pairs of items costs too much to be a default."""
 
 
 def offers(dataset: Dataset) -> frozenset[Need]:
@@ -79,4 +84,56 @@ def default_config(dataset: Dataset, base: RunConfig | None = None) -> RunConfig
 
 
 def _choose(dataset: Dataset, k: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    raise NotImplementedError
+    """Stages, settings of systems, and of their trainers, as tables.
+
+    Counts and closed forms find most of what can be found on small logs in seconds; what is learned by gradient finds new items by
+    their fields, or reads the order of events. With few requests to learn from, rankers without id tables do best, and the mean of a
+    linear one (in curves of its pair fields) and a deep one does better than either.
+    """
+    num_requests = len(dataset.split.fit)
+    is_small = num_requests < SMALL
+    stages: dict[str, Any] = {
+        "retrieval": {"systems": _retrievers(dataset), "keep": max(k, min(300, dataset.num_items))},
+        "pre-ranking": {"systems": ["light"], "keep": max(k, min(100, dataset.num_items))},
+        "ranking": {
+            "systems": ["dnn", "light"] if is_small or not _can(dataset, "din") else ["din"],
+            "keep": max(k, min(50, dataset.num_items)),
+        },
+    }
+    if _can(dataset, "mmr"):
+        stages["re-ranking"] = {"systems": ["mmr"]}
+    settings = {
+        "light": {"system": "dnn", "widths": [], "use_ids": False},
+        "dnn": {"use_ids": not is_small, "widths": [64] if is_small else [128, 64]},
+        "mmr": {"relevance": 0.95},
+    }
+    batch_size = 64 if is_small else 256
+    trainers = {
+        "light": {"lr": 5e-3, "batch_size": batch_size, "epochs": 10},
+        "dnn": {"lr": 2e-3, "batch_size": batch_size, "epochs": 10},
+        "din": {"batch_size": batch_size, "epochs": 10},
+        "two-tower": {"epochs": 6, "patience": 2},
+    }
+    used = {name for stage in stages.values() for name in stage["systems"]}
+    return (
+        stages,
+        {name: table for name, table in settings.items() if name in used},
+        {name: table for name, table in trainers.items() if name in used},
+    )
+
+
+def _retrievers(dataset: Dataset) -> list[str]:
+    """What finds candidates, the most telling first: equals in the merged list keep this order."""
+    wanted = ["personal-frequency"] if dataset.repeats else []
+    if not dataset.repeats:
+        wanted.append("sasrec")
+    wanted.append("item-knn")
+    if dataset.num_items <= MOST_ITEMS_OF_EASE:
+        wanted.append("ease")
+    if _can(dataset, "two-tower") and "item_fields" in offers(dataset):
+        wanted.append("two-tower")
+    return [name for name in [*wanted, "popularity"] if _can(dataset, name)]
+
+
+def _can(dataset: Dataset, name: str) -> bool:
+    return fits(find(name), dataset) is None
