@@ -86,6 +86,17 @@ def test_types_never_change_an_id(tmp_path: Path) -> None:
     assert frame.row(1) == ("8", -3, 2.0, False, "1", 4, 5)
 
 
+def test_decimal_commas(tmp_path: Path) -> None:
+    path = tmp_path / "preise.csv"
+    path.write_text("id;preis;menge;liste;nummer\n1;3,50;1,500;1,2,3;7\n2;-12;2,000;4;8\n3;0,99;3;5,6;9\n4;;4;7;10\n")
+    table = load_table(path)
+    assert table.frame["preis"].to_list() == [3.5, -12.0, 0.99, None]
+    assert table.frame["menge"].to_list() == ["1,500", "2,000", "3", "4"]  # thousands or decimals: not for us to say
+    assert table.frame["liste"].to_list() == ["1,2,3", "4", "5,6", "7"]
+    assert table.frame["nummer"].to_list() == [7, 8, 9, 10]
+    assert table.notes == ("commas in preis were read as decimal points.",)
+
+
 def test_headerless_movielens_layout_is_named(tmp_path: Path) -> None:
     table = load_table(write(tmp_path / "u.data", "196\t242\t3\t881250949\n186\t302\t3\t891717742\n"))
     assert table.frame.columns == ["user_id", "item_id", "rating", "timestamp"]

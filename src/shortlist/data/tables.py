@@ -155,6 +155,10 @@ def _load_csv(path: Path, separator: str | None, encoding: str | None) -> Table:
         texts, notes = _decoded_lines(path, encoding)
         frame, lines, bad = _read_ragged_csv(texts, separator, has_header)
     frame, naming = _name_columns(frame, has_header)
+    commas = [] if separator == "," else [name for name in frame.columns if _has_decimal_commas(frame[name])]
+    frame = frame.with_columns(pl.col(commas).str.replace(",", ".", literal=True)) if commas else frame
+    if commas:
+        naming = (*naming, f"commas in {', '.join(commas)} were read as decimal points.")
     frame = frame.select(_typed(frame[name]) for name in frame.columns)
     return Table(frame=frame, lines=lines.alias("line"), bad=bad, name=str(path), notes=notes + naming)
 
@@ -350,6 +354,17 @@ def _typed(column: pl.Series) -> pl.Series:
         if lower.drop_nulls().is_in(["true", "false"]).all():
             return (lower == "true").alias(column.name)
     return column
+
+
+def _has_decimal_commas(column: pl.Series) -> bool:
+    """Numbers such as "3,50" throughout; not where every comma stands before three digits, which may be thousands."""
+    number, thousands = r"^[+-]?\d+(,\d+)?$", r"^[+-]?\d{1,3},\d{3}$"
+    filled = column.drop_nulls()
+    filled = filled.filter(~filled.is_in(_MISSING_NUMBERS))
+    if not filled.head(1000).str.contains(number).all() or not filled.str.contains(number).all():
+        return False
+    with_comma = filled.filter(filled.str.contains(",", literal=True))
+    return not with_comma.str.contains(thousands).all()  # nothing with a comma: all of nothing
 
 
 def _has_any(column: pl.Series, values: tuple[str, ...]) -> bool:
