@@ -61,12 +61,14 @@ class Counting(ItemScorer):
         return Cost(item_flops=1.0, bytes=4.0 * shape.num_items)
 
 
-@pytest.fixture(autouse=True)
-def own_systems(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def own_systems():
     registry.discover()
-    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
-    system("tiny-reverse", stage="re-ranking", paper="baseline")(Reverse)
-    system("tiny-counting", stage="retrieval", paper="baseline", cold_users=True)(Counting)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+        system("tiny-reverse", stage="re-ranking", paper="baseline")(Reverse)
+        system("tiny-counting", stage="retrieval", paper="baseline", cold_users=True)(Counting)
+        yield
 
 
 @pytest.fixture

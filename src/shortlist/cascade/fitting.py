@@ -107,12 +107,13 @@ def _choose(dataset: Dataset, k: int) -> tuple[dict[str, Any], dict[str, Any], d
         "dnn": {"use_ids": not is_small, "widths": [64] if is_small else [128, 64]},
         "mmr": {"relevance": 0.95},
     }
-    batch_size = 64 if is_small else 256
+    for_rankers, for_sequences = _batch_size(num_requests), _batch_size(dataset.space.num_users)
     trainers = {
-        "light": {"lr": 5e-3, "batch_size": batch_size, "epochs": 10},
-        "dnn": {"lr": 2e-3, "batch_size": batch_size, "epochs": 10},
-        "din": {"batch_size": batch_size, "epochs": 10},
+        "light": {"lr": 5e-3, "batch_size": for_rankers, "epochs": 10},
+        "dnn": {"lr": 2e-3, "batch_size": for_rankers, "epochs": 10},
+        "din": {"batch_size": for_rankers, "epochs": 10},
         "two-tower": {"epochs": 6, "patience": 2},
+        "sasrec": {"batch_size": for_sequences, "epochs": 30},
     }
     used = {name for stage in stages.values() for name in stage["systems"]}
     return (
@@ -120,6 +121,11 @@ def _choose(dataset: Dataset, k: int) -> tuple[dict[str, Any], dict[str, Any], d
         {name: table for name, table in settings.items() if name in used},
         {name: table for name, table in trainers.items() if name in used},
     )
+
+
+def _batch_size(num_examples: int) -> int:
+    """Small enough for some 50 steps an epoch: with fewer, an epoch teaches little."""
+    return max(16, min(256, num_examples // 50))
 
 
 def _retrievers(dataset: Dataset) -> list[str]:
