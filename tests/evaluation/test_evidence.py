@@ -130,20 +130,23 @@ def test_measurements_wait_for_each_other(tmp_path):
     """A second process that wants to measure waits until the first is done."""
     program = textwrap.dedent(
         """
-        import sys, time
+        import sys
         from shortlist.evaluation.evidence import machine_lock
         with machine_lock(lambda line: print("waiting", flush=True)):
             print("in", flush=True)
-            time.sleep(float(sys.argv[1]))
+            sys.stdin.readline()
             print("out", flush=True)
         """
     )
-    first = subprocess.Popen([sys.executable, "-c", program, "1.5"], stdout=subprocess.PIPE, text=True)
-    assert first.stdout.readline() in ("in\n", "waiting\n")
-    second = subprocess.run([sys.executable, "-c", program, "0"], capture_output=True, text=True, timeout=60)
-    first.wait(timeout=60)
-    assert second.stdout.split()[-2:] == ["in", "out"]
-    assert "waiting" in second.stdout
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    while (line := first.stdout.readline()) == "waiting\n":  # for another measurement on this machine
+        pass
+    assert line == "in\n"
+    second = subprocess.Popen([sys.executable, "-c", program], **pipes)
+    assert second.stdout.readline() == "waiting\n"
+    assert first.communicate("\n", timeout=60)[0] == "out\n"
+    assert second.communicate("\n", timeout=60)[0].split()[-2:] == ["in", "out"]
 
 
 def test_hold_if_says_fails():
