@@ -116,7 +116,7 @@ class RequestLog:
         if not self.path.parent.is_dir():
             raise DataError(f"{self.path.parent} is not a folder, so no request log can be made in it; create it first")
         # A lost log line after a power cut harms nobody, so nothing waits for the disk.
-        self._engine = sqlite_engine(self.path, sync="off")
+        self._engine = sqlite_engine(self.path, sync="off", what="a request log")
         try:
             _METADATA.create_all(self._engine)
         except SQLAlchemyError as error:

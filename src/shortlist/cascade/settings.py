@@ -125,7 +125,9 @@ def _accepts_text(kind: Any) -> bool:
 
 
 def _sentence(message: str) -> str:
-    return message.removeprefix("Value error, ").replace("Input should be", "it should be")
+    return (
+        message.removeprefix("Value error, ").replace("Input should be", "it should be").replace("valid tuple", "list")
+    )
 
 
 @cache

@@ -24,6 +24,9 @@ COMMANDS = {
 }
 """Command names and their line in --help; command NAME is the function `command` in cli/NAME.py, imported when it is called."""
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, which typer turns into a silent exit."""
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -59,7 +62,7 @@ def build(called: str | None) -> typer.Typer:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; errors the user can mend are one sentence on stderr and exit code 2."""
+    """Run the command line; errors the user can mend, files that can not be used among them, are one sentence on stderr and exit code 2."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     called = next((word for word in argv if not word.startswith("-")), None)
     try:
@@ -67,6 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ShortlistError as error:
         typer.echo(f"shortlist: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except OSError as error:
+        if error.filename is None:
+            raise
+        typer.echo(f"shortlist: {error.filename} can not be used: {error.strerror}; choose another place", err=True)
+        sys.exit(2)
+    except (SystemExit, KeyboardInterrupt) as ended:
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:
+            raise
         typer.echo("shortlist: interrupted; run the same command again to go on", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

@@ -38,9 +38,14 @@ def command(
     from shortlist.evaluation.runs import is_run, reports_for
     from shortlist.evaluation.tables import comparison_text
 
-    runs = {target: load_run(Path(target)) for target in targets if is_run(Path(target))}
+    # A path that is no run is refused as such, and not looked up as a system.
+    runs = {t: load_run(Path(t)) for t in dict.fromkeys(targets) if is_run(Path(t)) or len(Path(t).parts) > 1}
     if not runs:
-        raise ConfigError("compare needs at least one folder of a trained run: it says which requests are asked")
+        raise ConfigError(
+            f"compare needs at least one folder of a trained run, which says what requests are asked; got {', '.join(targets)}"
+        )
+    if len(set(targets)) < len(targets):
+        raise ConfigError(f"compare was given the same twice: {', '.join(targets)}")
     first = next(iter(runs.values()))
     reports = reports_for(
         targets,

@@ -33,7 +33,10 @@ def command(
     Example: shortlist recommend RUN --user 12748 --k 10
     """
     from shortlist.cascade.engine import Engine, Seen
+    from shortlist.errors import DataError
 
+    if events is not None and not events.exists():
+        raise DataError(f"{events}: no such file; give the event store that the server writes, or leave --events out")
     sent = None if history is None else [item.strip() for item in history.split(",") if item.strip()]
     folder = run.absolute()
     beside = folder.with_name(f"{folder.name}.events.db")

@@ -22,14 +22,19 @@ def command(
 
     Example: shortlist systems --stage ranking
     """
+    from shortlist.errors import ConfigError
+    from shortlist.evaluation.evidence import evidence_folder
     from shortlist.evaluation.systems_table import describe, markdown_table, rows, text_table
-    from shortlist.registry import find
+    from shortlist.registry import find, systems
 
-    folder = evidence or Path("evidence")
+    folder = evidence_folder(evidence) if evidence else Path("evidence")
     if name is not None:
         described = describe(find(name))
         typer.echo(json.dumps(described, indent=1) if json_ else described["text"])
         return
+    stages = sorted({entry.stage for entry in systems()})
+    if stage is not None and stage not in stages:
+        raise ConfigError(f"no system has the stage {stage!r}; there are {', '.join(stages)}")
     table = rows(stage=stage, evidence=folder if folder.is_dir() else None)
     if json_:
         typer.echo(json.dumps(table, indent=1))

@@ -51,6 +51,8 @@ def load_table(source: object, *, separator: str | None = None, encoding: str | 
 
     Raises DataError when the source is absent, of an unknown kind, or not readable at all.
     """
+    if separator is not None and separator != "::" and len(separator.encode()) != 1:
+        raise DataError(f"a separator is one plain character or '::', got {separator!r}.")
     if isinstance(source, str | Path):
         return _load_path(Path(source), separator, encoding)
     if isinstance(source, pl.LazyFrame):

@@ -96,6 +96,8 @@ def held_out(
             None = as the data set's surface.
         max_requests: a seeded sample of at most so many; None = all.
     """
+    if max_requests is not None and max_requests < 1:
+        raise ConfigError(f"max_requests must be at least 1, got {max_requests}; leave it out for all")
     requests: Requests = getattr(dataset.split, window)
     if not (dataset.repeats if repeats is None else repeats):
         requests = without_seen_targets(dataset.histories, requests)

@@ -327,7 +327,9 @@ def machine_lock(say: Callable[[str], None] = print) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside and rename, so that a reader sees the old file or the new one."""
+    """Write beside and rename, so that a reader sees the old file or the new one. ConfigError where a folder stands there."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name a file to write to")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

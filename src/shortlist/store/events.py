@@ -62,6 +62,7 @@ EVENTS = Table(
     Index("events_by_user", "user_id", "time_ms"),
     sqlite_autoincrement=True,  # a number is never used twice, so "newer than event 17" stays true after deletions
 )
+_SQLITE_HEAD = b"SQLite format 3\0"
 _APPEND = insert(EVENTS).on_conflict_do_nothing(index_elements=["event_id"])
 
 
@@ -123,7 +124,7 @@ class EventStore:
         self.max_per_user = max_per_user
         if not self.path.parent.is_dir():
             raise DataError(f"{self.path.parent} is not a folder, so no event store can be made in it; create it first")
-        self._engine = sqlite_engine(self.path, sync=sync)
+        self._engine = sqlite_engine(self.path, sync=sync, what="an event store")
         self._writing = threading.Lock()
         try:
             _METADATA.create_all(self._engine)
@@ -168,8 +169,16 @@ class EventStore:
         self._engine.dispose()
 
 
-def sqlite_engine(path: Path, *, sync: Literal["full", "normal", "off"]) -> Engine:
-    """A SQLite file in WAL mode whose connections wait for each other up to five seconds."""
+def sqlite_engine(path: Path, *, sync: Literal["full", "normal", "off"], what: str) -> Engine:
+    """A SQLite file in WAL mode whose connections wait for each other up to five seconds.
+
+    DataError, which calls the file `what`, where it holds something else: SQLite itself would write over a very short one.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(len(_SQLITE_HEAD))
+        if head and head != _SQLITE_HEAD:
+            raise DataError(f"{path} can not be used as {what}: file is not a database; choose another")
     engine = create_engine(f"sqlite:///{path}", pool_size=8, max_overflow=56)
 
     @event.listens_for(engine, "connect")

@@ -91,8 +91,15 @@ def write_snapshot(folder: Path, write: Callable[[Path], None]) -> Manifest:
 
 
 def check_writable(folder: Path) -> None:
-    """SnapshotError where `folder` holds something that is not a snapshot, so that a long run does not fail at its end."""
-    folder = Path(folder)
+    """SnapshotError where `folder` can not be made or holds something else, so that a long run does not fail at its end."""
+    folder = Path(folder).absolute()
+    if not folder.name:
+        raise SnapshotError(f"{folder} can not be the folder of a snapshot; choose one inside it")
+    above = next(parent for parent in folder.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise SnapshotError(
+            f"{folder} can not be made: {above} is not a folder that can be written; choose another place"
+        )
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).exists()):
         raise SnapshotError(f"{folder} exists and is not a snapshot; choose another folder or remove it yourself")
 
