@@ -69,11 +69,11 @@ def test_random_log_agrees_with_plain_counting_and_raises_no_alarm() -> None:
     source = random_log()
     health = check(read(source))
     met: dict[tuple[int, int], set[datetime]] = defaultdict(set)
-    for user, item, at in source.select("user_id", "item_id", "timestamp").iter_rows():
+    for user, item, at in source.filter(click=1).select("user_id", "item_id", "timestamp").iter_rows():
         met[user, item].add(at)
     visits = sum(len(times) for times in met.values())
     assert health.repeat_share == pytest.approx((visits - len(met)) / visits)
-    assert health.density == pytest.approx(len(met) / (200 * 300))
+    assert health.density == pytest.approx(len({*source.select("user_id", "item_id").iter_rows()}) / (200 * 300))
     assert health.out_of_order == 0
     assert health.ascending_share is not None
     assert abs(health.ascending_share - 0.5) < 0.1
@@ -163,6 +163,21 @@ def test_what_is_missing_is_said() -> None:
     assert counter.first_at is None
     assert "no clock" in words(counter)
     assert "search needs a query column (`--query COLUMN`)" in words(untimed)
+
+
+def test_what_counts_as_a_choice_is_said_with_the_flag_that_changes_it() -> None:
+    source = random_log()
+    clicked = source["click"].sum()
+    said = words(check(read(source)))
+    assert f"A row is a choice where click is at least 1: {clicked:,} of 5,000 rows." in said
+    assert "`--set data.target_label=` makes every row a choice" in said
+    said = words(check(read(source.with_columns(like=pl.lit(0)))))
+    assert "Every row is a choice, whatever its click or like. `--set data.target_label=click` makes" in said
+    rated = source.drop("click").with_columns(rating=pl.int_range(pl.len()) % 5 + 1)
+    said = words(check(read(rated)))
+    assert "Every row is a choice, whatever its rating. `--set data.target_min=VALUE` leaves" in said
+    assert "not clear: no row has 'click' of 1 or more" in words(check(read(source.with_columns(click=pl.lit(0)))))
+    assert check(read(source.drop("click"))).target == ""
 
 
 def test_surfaces_follow_the_columns() -> None:

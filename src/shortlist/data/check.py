@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 
 from shortlist.data.leaks import Leak, find_leaks
 from shortlist.data.log import EventLog
+from shortlist.data.splits import DataConfig
+from shortlist.data.targets import target_rule, target_words
+from shortlist.errors import DataError
 
 REPEATS_WANTED = 0.1
 """Share of repeats from which a log is taken as one in which items already seen may be shown again."""
@@ -57,7 +60,7 @@ class Health:
     actions: Mapping[str, int]
     """Rows per action, most frequent first."""
     repeat_share: float
-    """Share of (user, item, group) in which the user had met the item in another group before."""
+    """Share of chosen (user, item, group) in which the user had chosen the item in another group before."""
     exact_duplicates: int
     """Rows equal in every column to another row, first ones not counted."""
     tied_events: int
@@ -80,6 +83,8 @@ class Health:
     """Rows whose user is absent from the users table."""
     labels: tuple[str, ...]
     """Label columns."""
+    target: str
+    """What counts as a choice, and how to change it, in words; empty where there is no label."""
     surfaces: tuple[str, ...]
     """What the log can serve: "recommend", and "search" with queries, "ads" with bids."""
     can_order: bool
@@ -113,7 +118,8 @@ def check(log: EventLog) -> Health:
     events = log.events
     per_user = events.group_by("user_id").agg(pl.len(), groups=pl.col("group_id").n_unique())
     num_pairs = _num_distinct(events, "user_id", "item_id")
-    num_triples = _num_distinct(events, "user_id", "item_id", "group_id")
+    chosen, target = _choices(log)
+    num_visits = _num_distinct(chosen, "user_id", "item_id", "group_id")
     num_items = events["item_id"].n_unique()
     times = events["timestamp"] if log.has_clock else None
     found = events["item_id"].unique()
@@ -131,7 +137,7 @@ def check(log: EventLog) -> Health:
         num_single_group_users=int((per_user["groups"] == 1).sum()),
         density=num_pairs / max(per_user.height * num_items, 1),
         actions=dict(events["action"].value_counts(sort=True).iter_rows()),
-        repeat_share=1.0 - num_pairs / max(num_triples, 1),
+        repeat_share=1.0 - _num_distinct(chosen, "user_id", "item_id") / max(num_visits, 1),
         exact_duplicates=_num_duplicates(events),
         tied_events=int((events.select(pl.len().over("group_id")).to_series() > 1).sum()),
         ascending_share=_ascending_share(events),
@@ -143,6 +149,7 @@ def check(log: EventLog) -> Health:
         events_without_item=_num_absent(events, log.items, "item_id"),
         events_without_user=_num_absent(events, log.users, "user_id"),
         labels=log.roles.labels,
+        target=target,
         surfaces=("recommend", *(["search"] if log.roles.query else []), *(["ads"] if log.roles.bid else [])),
         can_order=log.has_time,
         has_clock=log.has_clock,
@@ -156,6 +163,14 @@ def check(log: EventLog) -> Health:
 
 def _moment(value: object) -> datetime | None:
     return value if isinstance(value, datetime) else None
+
+
+def _choices(log: EventLog) -> tuple[pl.DataFrame, str]:
+    """The rows that count as choices by default, and what is said of that; all rows where no sense can be made of the labels."""
+    try:
+        return log.events.filter(target_rule(log, DataConfig()).chosen(log.events)), target_words(log)
+    except DataError as error:
+        return log.events, f"What counts as a choice is not clear: {error}"
 
 
 def _num_distinct(events: pl.DataFrame, *columns: str) -> int:
@@ -270,10 +285,10 @@ _UNIT_WORDS = {
 
 
 def _trap_words(health: Health) -> list[str]:
-    words = []
+    words = [health.target] if health.target else []
     answer = "yes" if health.may_repeat else "no"
     words.append(
-        f"{health.repeat_share:.1%} of choices are items the user had met before; items may be shown again: {answer} "
+        f"{health.repeat_share:.1%} of choices are items the user had chosen before; items may be shown again: {answer} "
         "(a guess; it is a setting of the surface)."
     )
     if health.exact_duplicates:

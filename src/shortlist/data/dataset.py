@@ -21,16 +21,25 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
+from torch import Tensor
 
+from shortlist.data.arrays import (
+    impression_arrays,
+    impressions_of,
+    read_arrays,
+    request_arrays,
+    requests_of,
+    table_arrays,
+    table_of,
+)
 from shortlist.data.encode import EncodedEvents, column_of, encode_events, events_of
-from shortlist.data.fields import FittedField, field_table, first_rows, stacked
+from shortlist.data.fields import field_table, first_rows, stacked
 from shortlist.data.histories import Histories, Int, Requests, View
+from shortlist.data.impressions import Impressions, logged_impressions
 from shortlist.data.infer import CANONICAL, infer_schema
 from shortlist.data.jagged import Jagged
-from shortlist.data.log import EventLog, k_core
+from shortlist.data.log import EventLog, dense_codes, k_core
 from shortlist.data.schema import Categorical, Column, Field, FieldTable, Space
 from shortlist.data.schema_file import Schema
 from shortlist.data.splits import (
@@ -48,6 +57,7 @@ from shortlist.data.splits import (
     split_requests,
     time_context,
 )
+from shortlist.data.targets import TargetRule, target_rule
 from shortlist.data.vocabulary import Id, Vocabulary
 from shortlist.errors import DataError, SnapshotError
 
@@ -70,7 +80,7 @@ class Dataset:
     all_users: FieldTable
     """User fields of rows 0..U, also of users that training does not know."""
     histories: Histories
-    """ALL events."""
+    """ALL events; rows that `config.target_label` says were no choices stand in none."""
     split: Split
     """Held-out requests; they point into `histories`."""
     plan: Plan
@@ -83,6 +93,8 @@ class Dataset:
     """True where items already seen may be shown again."""
     config: DataConfig
     """As built, "auto" settings unresolved."""
+    logged: Impressions | None = None
+    """What was shown, chosen or not; None where no label tells the two apart."""
 
     @property
     def users(self) -> FieldTable:
@@ -139,6 +151,26 @@ class Dataset:
             repeats=self.repeats,
             context={name: column[seen] for name, column in self.event_context.items()},
         )
+
+    def impressions(self, window: Window = "fit") -> tuple[Requests, Jagged, dict[str, Tensor]]:
+        """What the log's own pages showed in a window, whether chosen or not; see `data/impressions.py`.
+
+        Returns: R requests that point into `histories` (their targets, what was chosen, may be none), R rows of shown catalogue rows, and
+        the labels float32 [total] by column, first the one that says what was chosen.
+
+        Raises DataError: no label decides what was chosen, or the window has no impression.
+        """
+        if self.logged is None:
+            raise DataError(
+                "the log has no impressions: every row is a choice. Name the column that tells clicked from shown with "
+                "`data.target_label`"
+            )
+        if window not in _PARTS:
+            raise DataError(f"impressions are those of a window: {', '.join(_PARTS)}; got {window!r}")
+        found = self.logged.of(WINDOW_NUMBER[window])
+        if not len(found[0]):
+            raise DataError(f"the {window} window has no impression; choose another protocol or larger shares")
+        return found
 
     def requests_for(
         self,
@@ -270,23 +302,28 @@ class Dataset:
 def build_dataset(log: EventLog, config: DataConfig | None = None) -> Dataset:
     """Cut, number, fit and encode a log. Everything that is learned is learned from events before the fit window.
 
-    Raises DataError where a part of the split would be empty, or a column or action named in the config does not exist.
+    Raises DataError where a part of the split would be empty, or a column, label or action named in the config does not exist.
     """
     config = config or DataConfig()
     _check(log, config)
     if config.kcore:
-        log = k_core(log, config.kcore)
+        log = _core(log, target_rule(log, config), config.kcore)
+    rule = target_rule(log, config)
     used = config
     if config.protocol == "time" and not log.has_clock:
         used = replace(config, protocol="last-group")
     tables = [frame["item_id"] for frame in (log.events, log.items) if frame is not None]
     item_ids = Vocabulary.build(*tables, seed=config.seed)
     user_ids = Vocabulary.build(log.events["user_id"], seed=config.seed)
-    events = encode_events(
+    shown = encode_events(
         log, item_ids, user_ids, single=used.protocol == "leave-last-out-as-published", seed=config.seed
     )
+    events = shown
+    if rule.label is not None:
+        events = shown.keep(_choices(log, rule, shown), has_clock=log.has_clock)
     plan = plan_split(events.histories, used, _targets(events, config), order_known=log.has_time)
-    user_ids, events, plan = _known_users_first(user_ids, events, plan)
+    users = _known_users_first(events.histories, plan)
+    user_ids, events, plan = user_ids.reordered(users), events.reordered(users), _reordered(plan, events, users)
 
     training = plan.window_of_event == 0
     num_users = int(np.count_nonzero(np.diff(events.histories.keep(training).offsets)))
@@ -304,7 +341,7 @@ def build_dataset(log: EventLog, config: DataConfig | None = None) -> Dataset:
     split = split_requests(
         histories, plan, used, is_target=_targets(events, config), repeats=repeats, context=event_context
     )
-    split = replace(split, note=_note(split.note, config, used))
+    split = replace(split, note=_note(split.note, config, used, rule))
     space = Space(
         items=field_table(schema.of("item"), item_frame),
         known_items=torch.from_numpy(known_items),
@@ -330,13 +367,55 @@ def build_dataset(log: EventLog, config: DataConfig | None = None) -> Dataset:
         titles=titles,
         repeats=repeats,
         config=config,
+        logged=_logged(log, rule, shown.reordered(users), histories, plan, used, schema) if rule.label else None,
     )
 
 
-def _note(note: str, config: DataConfig, used: DataConfig) -> str:
+def _choices(log: EventLog, rule: TargetRule, shown: EncodedEvents) -> NDArray[np.bool_]:
+    """[N] in the order of the encoded events: the row is a choice."""
+    chosen: NDArray[np.bool_] = rule.chosen(log.events).to_numpy()[shown.row]
+    return chosen
+
+
+def _logged(
+    log: EventLog,
+    rule: TargetRule,
+    shown: EncodedEvents,
+    histories: Histories,
+    plan: Plan,
+    used: DataConfig,
+    schema: Schema,
+) -> Impressions:
+    assert rule.label is not None
+    is_choice = _choices(log, rule, shown)
+    return logged_impressions(
+        log,
+        shown,
+        histories,
+        plan,
+        label=rule.label,
+        is_choice=is_choice,
+        is_target=is_choice & _targets(shown, used),
+        by_time=used.protocol == "time",
+        context={f.name: _array(f.encode(column_of(log.events, f.column, shown.row))) for f in schema.of("context")},
+    )
+
+
+def _core(log: EventLog, rule: TargetRule, k: int) -> EventLog:
+    """Users and items with at least k choices each, and what was shown of those items to those users."""
+    if rule.label is None:
+        return k_core(log, k)
+    kept = k_core(replace(log, events=log.events.filter(rule.chosen(log.events))), k)
+    events = log.events
+    for name in ("user_id", "item_id"):
+        events = events.join(kept.events.select(name).unique(), on=name, how="semi", maintain_order="left")
+    return replace(kept, events=events.with_columns(dense_codes(events.select("group_id"))))
+
+
+def _note(note: str, config: DataConfig, used: DataConfig, rule: TargetRule) -> str:
     clock = "" if used is config else "The log has no clock, so it can not be split by time. "
     core = f" Only users and items with at least {config.kcore} events, held-out ones counted." if config.kcore else ""
-    return f"{clock}{note}{core}"
+    return f"{clock}{note}{core} {rule.note}".rstrip()
 
 
 def _check(log: EventLog, config: DataConfig) -> None:
@@ -363,15 +442,19 @@ def _targets(events: EncodedEvents, config: DataConfig) -> NDArray[np.bool_]:
     return np.isin(events.histories.action, wanted)
 
 
-def _known_users_first(users: Vocabulary, events: EncodedEvents, plan: Plan) -> tuple[Vocabulary, EncodedEvents, Plan]:
-    """Number the users anew: those of the training events first, then those the fit window adds, and so on."""
-    offsets = events.histories.offsets
-    # Windows never fall within a user, so the first event tells when the user becomes known.
-    known_from = plan.window_of_event[offsets[1:-1]]
-    rows = np.argsort(known_from, kind="stable") + 1
-    order = events_of(events.histories, rows)
-    moved = replace(plan, window_of_event=plan.window_of_event[order], request_of_event=plan.request_of_event[order])
-    return users.reordered(rows), events.reordered(rows), moved
+def _known_users_first(histories: Histories, plan: Plan) -> Int:
+    """[U] user rows in their new order: those of the training events first, then those the fit window adds, and so on."""
+    start, filled = histories.offsets[1:-1], np.diff(histories.offsets[1:]) > 0
+    # Windows never fall within a user, so the first event tells when the user becomes known; users who only were shown things never do.
+    known_from = np.full(len(start), max(WINDOW_NUMBER.values()), dtype=np.int8)
+    known_from[filled] = plan.window_of_event[start[filled]]
+    return np.argsort(known_from, kind="stable") + 1
+
+
+def _reordered(plan: Plan, events: EncodedEvents, users: Int) -> Plan:
+    """The plan of `events.reordered(users)`."""
+    order = events_of(events.histories, users)
+    return replace(plan, window_of_event=plan.window_of_event[order], request_of_event=plan.request_of_event[order])
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,17 +494,20 @@ def _write(dataset: Dataset, folder: Path) -> None:
     dataset.user_ids.save(folder / "users.parquet")
     dataset.histories.save(folder / "histories")
     for name, table in (("item_fields", dataset.space.items), ("user_fields", dataset.all_users)):
-        save_arrays(_table_arrays(table), folder / f"{name}.safetensors")
+        save_arrays(table_arrays(table), folder / f"{name}.safetensors")
     for part in _PARTS:
-        save_arrays(_request_arrays(getattr(dataset.split, part)), folder / f"{part}.safetensors")
+        save_arrays(request_arrays(getattr(dataset.split, part)), folder / f"{part}.safetensors")
     events = {"window": dataset.plan.window_of_event, "request": dataset.plan.request_of_event}
     events |= {f"context.{name}": np.ascontiguousarray(column) for name, column in dataset.event_context.items()}
     save_arrays({**events, "known_items": dataset.space.known_items.numpy()}, folder / "events.safetensors")
+    if dataset.logged is not None:
+        save_arrays(impression_arrays(dataset.logged), folder / "logged.safetensors")
     if dataset.titles is not None:
         pl.DataFrame({"title": dataset.titles}).write_parquet(folder / "titles.parquet")
     about = {
         "config": asdict(dataset.config),
         "repeats": dataset.repeats,
+        "logged": None if dataset.logged is None else list(dataset.logged.labels),
         "num_users": dataset.space.num_users,
         "split": {"protocol": dataset.split.protocol, "note": dataset.split.note},
         "plan": {"now": dict(dataset.plan.now), "note": dataset.plan.note},
@@ -438,9 +524,9 @@ def _read(folder: Path) -> Dataset:
         config = DataConfig(**settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SnapshotError(f"{path} is missing or damaged ({error!r}); restore the snapshot or train again") from error
-    events = _arrays(folder / "events.safetensors")
-    items = _table(schema.of("item"), _arrays(folder / "item_fields.safetensors"))
-    users = _table(schema.of("user"), _arrays(folder / "user_fields.safetensors"))
+    events = read_arrays(folder / "events.safetensors")
+    items = table_of(schema.of("item"), read_arrays(folder / "item_fields.safetensors"))
+    users = table_of(schema.of("user"), read_arrays(folder / "user_fields.safetensors"))
     schema.check("item", items)
     schema.check("user", users)
     space = Space(
@@ -459,7 +545,8 @@ def _read(folder: Path) -> Dataset:
         raise SnapshotError(
             f"{titles_path} is missing or damaged ({error}); restore the snapshot or train again"
         ) from error
-    parts = {part: _requests(_arrays(folder / f"{part}.safetensors")) for part in _PARTS}
+    labels: list[str] | None = about.get("logged")
+    parts = {part: requests_of(read_arrays(folder / f"{part}.safetensors")) for part in _PARTS}
     return Dataset(
         schema=schema,
         space=space,
@@ -473,46 +560,5 @@ def _read(folder: Path) -> Dataset:
         titles=titles,
         repeats=about["repeats"],
         config=config,
+        logged=None if labels is None else impressions_of(read_arrays(folder / "logged.safetensors"), labels),
     )
-
-
-def _arrays(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        arrays: dict[str, NDArray[Any]] = load_arrays(path)
-        return arrays
-    except (OSError, SafetensorError) as error:
-        raise SnapshotError(f"{path} is missing or damaged ({error}); restore the snapshot or train again") from error
-
-
-def _table_arrays(table: FieldTable) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {"num_rows": np.array([table.num_rows])}
-    for name, column in table.columns.items():
-        if isinstance(column, Jagged):
-            arrays |= {f"values.{name}": column.values.numpy(), f"offsets.{name}": column.offsets.numpy()}
-        else:
-            arrays[f"dense.{name}"] = column.numpy()
-    return arrays
-
-
-def _table(fitted: tuple[FittedField, ...], arrays: Mapping[str, NDArray[Any]]) -> FieldTable:
-    columns: dict[str, Column] = {}
-    for f in fitted:
-        if f"dense.{f.name}" in arrays:
-            columns[f.name] = torch.from_numpy(arrays[f"dense.{f.name}"])
-        elif f"values.{f.name}" in arrays:
-            columns[f.name] = Jagged(*(torch.from_numpy(arrays[f"{kind}.{f.name}"]) for kind in ("values", "offsets")))
-        else:
-            raise DataError(
-                f"field {f.name!r} of the {f.side} side stands in the schema but not in the table; encode the log again"
-            )
-    return FieldTable(int(arrays["num_rows"][0]), tuple(f.field for f in fitted), columns)
-
-
-def _request_arrays(requests: Requests) -> dict[str, NDArray[Any]]:
-    arrays = {f.name: np.ascontiguousarray(getattr(requests, f.name)) for f in fields(Requests) if f.name != "context"}
-    return arrays | {f"context.{name}": np.ascontiguousarray(column) for name, column in requests.context.items()}
-
-
-def _requests(arrays: Mapping[str, NDArray[Any]]) -> Requests:
-    context = {name.removeprefix("context."): a for name, a in arrays.items() if name.startswith("context.")}
-    return Requests(**{name: a for name, a in arrays.items() if not name.startswith("context.")}, context=context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,18 @@ class EncodedEvents:
             value=old.value[order],
         )
         return EncodedEvents(histories=moved, row=self.row[order], actions=self.actions)
+
+    def keep(self, mask: NDArray[np.bool_], *, has_clock: bool) -> EncodedEvents:
+        """Only the events where the mask [N] is True; without a clock their times are places among what is left."""
+        kept = self.histories.keep(mask)
+        if not has_clock:
+            user, group = kept.user_of_event, kept.group
+            opens = np.ones(len(user), dtype=bool)
+            opens[1:] = group[1:] != group[:-1]
+            number = np.cumsum(opens) - 1
+            first = kept.offsets[user]
+            kept = replace(kept, time=number - number[first])
+        return EncodedEvents(histories=kept, row=self.row[mask], actions=self.actions)
 
 
 def encode_events(

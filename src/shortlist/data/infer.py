@@ -21,6 +21,7 @@ from shortlist.data.fields import WORDS, FittedField, Unused, as_number, as_text
 from shortlist.data.log import EventLog
 from shortlist.data.schema import Side
 from shortlist.data.schema_file import Schema
+from shortlist.data.targets import label_columns
 from shortlist.data.vocabulary import Vocabulary
 from shortlist.errors import DataError
 
@@ -79,7 +80,7 @@ def infer_schema(
     Raises DataError where a context column is no single value.
     """
     past, row = events.histories.keep(training), events.row[training]
-    open_columns = [name for name in log.events.columns if name not in {*CANONICAL, *log.roles.labels, *context}]
+    open_columns = [name for name in log.events.columns if name not in {*CANONICAL, *label_columns(log), *context}]
     items, users, outcomes = _with_event_columns(
         _in_row_order(item_ids, log.items, "item_id"),
         _in_row_order(user_ids, log.users, "user_id"),

@@ -26,7 +26,8 @@ _CANONICAL = {
     "propensity": "propensity",
 }  # fmt: skip
 _NUMBERS = ("position", "value", "bid", "propensity")
-_RESERVED = ("user_id", "item_id", "timestamp", "action", "group_id", *_CANONICAL.values())
+RESERVED = ("user_id", "item_id", "timestamp", "action", "group_id", *_CANONICAL.values())
+"""Names that columns of the events have by their role; a source column of such a name is called `source_NAME`."""
 _SAMPLE_ROWS = 2000
 
 
@@ -200,7 +201,7 @@ def _canonical_events(table: Table, roles: Roles) -> tuple[pl.DataFrame, ParsedT
     used = roles.columns()
     for name in (*roles.labels, *(name for name in source.columns if name not in roles.labels)):
         if name not in used:
-            columns[f"source_{name}" if name in _RESERVED else name] = source[name]
+            columns[f"source_{name}" if name in RESERVED else name] = source[name]
     columns, finite = _without_nan(columns)
     frame, bad = _split_bad(pl.DataFrame(columns), table, [*reasons, *finite])
     if bad.height:
@@ -270,7 +271,7 @@ def _without_nan(columns: dict[str, pl.Series]) -> tuple[dict[str, pl.Series], l
     clean, reasons = {}, []
     for name, column in columns.items():
         if column.dtype.is_float():
-            if name not in _RESERVED:
+            if name not in RESERVED:
                 column = column.fill_nan(None)
             wrong = ~column.is_finite().fill_null(True)
             if wrong.any():

@@ -51,6 +51,10 @@ class DataConfig:
     """Requests kept per window, drawn at random; None = all."""
     target_actions: tuple[str, ...] = ()
     """Actions worth predicting; empty = all. The others stay in the history."""
+    target_label: str = "auto"
+    """Label that says whether a row is a choice: a column; "" = every row is one; "auto" = the log's only label if it is 0/1."""
+    target_min: float | None = None
+    """Least value of that label that counts; none = 1 for a label of 0 and 1. Rows below stand in no history: they were shown only."""
     kcore: int = 0
     """Keep users and items with at least so many events; 0 = all."""
     repeats: Literal["auto", "yes", "no"] = "auto"
@@ -77,6 +81,10 @@ class DataConfig:
             raise ConfigError(f"repeats must be 'auto', 'yes' or 'no', got {self.repeats!r}")
         if self.max_requests is not None and self.max_requests < 1:
             raise ConfigError(f"max_requests must be at least 1, got {self.max_requests}; leave it out for all")
+        if self.target_min is not None and not (self.target_label and np.isfinite(self.target_min)):
+            raise ConfigError(
+                f"target_min = {self.target_min} wants a number and a label to compare with it, got target_label {self.target_label!r}"
+            )
         if self.kcore < 0:
             raise ConfigError(f"kcore must be 0 or more, got {self.kcore}")
 
