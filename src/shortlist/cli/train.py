@@ -35,7 +35,9 @@ def command(
     from shortlist.cascade.fitting import default_config
     from shortlist.data.dataset import build_dataset
     from shortlist.evaluation.tables import aligned, losses_text
+    from shortlist.store.snapshot import check_writable
 
+    check_writable(out)
     say = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
     run_config = RunConfig.from_toml(config) if config else RunConfig()
     if settings and not run_config.stages:

@@ -101,6 +101,8 @@ def held_out(
     requests: Requests = getattr(dataset.split, window)
     if not (dataset.repeats if repeats is None else repeats):
         requests = without_seen_targets(dataset.histories, requests)
+        if not len(requests):
+            raise DataError(f"window {window!r}: every target stands in its user's history already; count repeats too")
     if max_requests is not None and len(requests) > max_requests:
         chosen = np.random.default_rng(seed).choice(len(requests), max_requests, replace=False)
         requests = requests.select(np.sort(chosen))
