@@ -6,7 +6,7 @@ R requests, C = 101 candidates of a sampled ranking.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -49,6 +49,8 @@ LADDER: dict[str, dict[str, Any]] = {
     "full softmax": {"loss": "full_softmax"},
 }
 CHALLENGERS = [name for name in LADDER if not name.startswith("BCE")]
+AS_PUBLISHED = "gBCE without the learned offset"
+ARMS = {**LADDER, AS_PUBLISHED: {**LADDER["gBCE, 256 negatives, t 0.75"], "learn_offset": False}}
 BASELINES = ("popularity", "personal-frequency", "counts", "ease")
 FACTOR, FULL_SOFTMAX_FLOOR, BCE_RANGE = 1.25, 0.165, (0.11, 0.14)
 
@@ -60,9 +62,11 @@ CLAIM = Claim(
     data="MovieLens-100K (943 users, 1,349 items) and MovieLens-1M (6,040 users, 3,416 items), users and items with at least 5 events",
     protocol="Leave-last-out as published: each user's last event is the test, with the validation event in the input; full ranking of the "
     "catalogue, seen items filtered; ties in time cut by file order, which a model of order may use. Epoch chosen on validation NDCG@10, "
-    "test once; the same settings for all losses. The *_of_101 columns rank against 100 uniform negatives instead, for contrast only.",
-    bar=f"On both sets NDCG@10 of full softmax, sampled softmax and gBCE is at least {FACTOR} x that of BCE with one negative; on ML-1M "
-    f"full softmax reaches {FULL_SOFTMAX_FLOOR} and BCE lies within {BCE_RANGE[0]} to {BCE_RANGE[1]}.",
+    "test once; the same settings for all losses; BCE and gBCE with 256 negatives learn one offset of all scores, gBCE is also run "
+    "without it. The *_of_101 columns rank against 100 uniform negatives instead, for contrast only.",
+    bar=f"On ML-1M NDCG@10 of full softmax, sampled softmax and gBCE is at least {FACTOR} x that of BCE with one negative, full softmax "
+    f"reaches {FULL_SOFTMAX_FLOOR} and BCE lies within {BCE_RANGE[0]} to {BCE_RANGE[1]}; on ML-100K, a tenth the size and without a "
+    "published ladder, full softmax is above BCE with every seed.",
     published={
         "ML-1M, BCE (Klenitskiy & Vasilev 2023)": {"hr@10": 0.2500, "ndcg@10": 0.1341},
         "ML-1M, BCE (Petrov & Macdonald 2023)": {"hr@10": 0.2392, "ndcg@10": 0.1259},
@@ -105,7 +109,7 @@ def run(lab: Lab) -> None:
         for name in BASELINES:
             lab.measure(f"{setting.data}: {name}", 0, partial(measured_baseline, name, dataset))
         for seed in setting.seeds:
-            for loss in LADDER:
+            for loss in ARMS:
                 lab.measure(
                     f"{setting.data}: {loss}", seed, partial(measured_sasrec, lab, setting, dataset, loss, seed)
                 )
@@ -123,7 +127,7 @@ def measured_sasrec(lab: Lab, setting: Setting, dataset: Dataset, loss: str, see
     """SASRec with one loss; the epoch is chosen on validation NDCG@10 under full ranking."""
     view = dataset.view()
     torch.manual_seed(seed)
-    config = SASRecConfig(dim=setting.dim, dropout=setting.dropout, use_fields=False, **LADDER[loss])
+    config = SASRecConfig(dim=setting.dim, dropout=setting.dropout, use_fields=False, **ARMS[loss])
     system = SASRec(config, view.space)
     requests = held_out(dataset, "valid", repeats=False)
 
@@ -223,28 +227,35 @@ def judge(arms: Mapping[str, Arm]) -> Judgement:
     failures, findings = [], []
     sets = list(dict.fromkeys(name.split(": ")[0] for name in arms))
     for data in sets:
-        full = {loss: arms[f"{data}: {loss}"].metrics["ndcg@10"].mean for loss in LADDER}
-        sampled = {loss: arms[f"{data}: {loss}"].metrics["ndcg@10_of_101"].mean for loss in LADDER}
-        ratios = {loss: full[loss] / max(full[BCE], 1e-9) for loss in CHALLENGERS}
-        failures += [f"{data}: {loss} is only {r:.2f} x BCE" for loss, r in ratios.items() if r < FACTOR]
+        mine = {loss: arms[f"{data}: {loss}"] for loss in ARMS}
+        full = {loss: arm.metrics["ndcg@10"].mean for loss, arm in mine.items()}
+        sampled = {loss: arm.metrics["ndcg@10_of_101"].mean for loss, arm in mine.items()}
+        ratio = {loss: full[loss] / max(full[BCE], 1e-9) for loss in ARMS}
         if data == "ml-1m":
+            failures += [
+                f"{data}: {loss} is only {ratio[loss]:.2f} x BCE" for loss in CHALLENGERS if ratio[loss] < FACTOR
+            ]
             if full["full softmax"] < FULL_SOFTMAX_FLOOR:
-                failures.append(f"ml-1m: full softmax reaches {full['full softmax']:.4f}, not {FULL_SOFTMAX_FLOOR}")
+                failures.append(f"{data}: full softmax reaches {full['full softmax']:.4f}, not {FULL_SOFTMAX_FLOOR}")
             if not BCE_RANGE[0] <= full[BCE] <= BCE_RANGE[1]:
-                failures.append(f"ml-1m: BCE is at {full[BCE]:.4f}, outside {BCE_RANGE[0]} to {BCE_RANGE[1]}")
-        shown = ", ".join(f"{loss} {r:.2f} x" for loss, r in ratios.items())
-        best_sampled = max(sampled, key=lambda loss: sampled[loss])
-        spread = max(sampled.values()) / max(sampled[BCE], 1e-9)
+                failures.append(f"{data}: BCE is at {full[BCE]:.4f}, outside {BCE_RANGE[0]} to {BCE_RANGE[1]}")
+        else:
+            pairs = zip(mine["full softmax"].per_seed["ndcg@10"], mine[BCE].per_seed["ndcg@10"])
+            if not all(softmax > bce for softmax, bce in pairs):
+                failures.append(f"{data}: full softmax is not above BCE with every seed")
+        shown = ", ".join(f"{loss} {ratio[loss]:.2f} x" for loss in [*CHALLENGERS, AS_PUBLISHED])
+        best = max(LADDER, key=lambda loss: sampled[loss])
+        tau = kendall([full[loss] for loss in LADDER], [sampled[loss] for loss in LADDER])
         findings.append(
-            f"{data}: NDCG@10 against BCE: {shown}; ranked against 100 negatives the best is {best_sampled} at {spread:.2f} x, and "
-            f"Kendall's tau between the two orders of the five losses is {kendall(full, sampled):.2f}"
+            f"{data}: NDCG@10 against BCE: {shown}; ranked against 100 negatives the best is {best} at "
+            f"{sampled[best] / max(sampled[BCE], 1e-9):.2f} x, and Kendall's tau of the five losses between the protocols is {tau:.2f}"
         )
-    passed = sum(not any(f.startswith(f"{data}:") for f in failures) for data in sets)
+    passed = [data for data in sets if not any(failure.startswith(f"{data}:") for failure in failures)]
     verdict: Verdict = "holds" if not failures else "partly" if passed else "fails"
     return Judgement(verdict, ". ".join([*failures, *findings]) + ".")
 
 
-def kendall(a: Mapping[str, float], b: Mapping[str, float]) -> float:
+def kendall(a: Sequence[float], b: Sequence[float]) -> float:
     """Kendall's tau: agreeing less disagreeing pairs, as a share of all pairs."""
-    signs = [np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i, j in combinations(a, 2)]
+    signs = [np.sign(a[i] - a[j]) * np.sign(b[i] - b[j]) for i, j in combinations(range(len(a)), 2)]
     return float(np.mean(signs))

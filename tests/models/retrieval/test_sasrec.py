@@ -191,6 +191,26 @@ def test_bce_is_the_papers_formula(monkeypatch):
     torch.testing.assert_close(model.losses(batch)["next"], by_hand)
 
 
+def test_the_offset_of_many_negatives_starts_at_their_number_and_shifts_every_score():
+    view, batch = two_baskets()
+    settings = {"init_std": 0.3, "loss": "bce_k", "num_negatives": 9}  # all items, so the draw does not matter
+    model = make(view, **settings)
+    plain = make(view, **settings, learn_offset=False)
+    assert model.offset.item() == pytest.approx(-np.log(9))
+    assert plain.offset is None
+    hidden = dense(plain, torch.tensor([[1, 2], [5, 6]]))
+    score = hidden @ plain.items.all().T - np.log(9)
+    total = torch.zeros(())
+    for query, targets in ((score[0, 0], [2]), (score[0, 1], [3, 4]), (score[1, 1], [7])):
+        others = [i for i in range(1, 10) if i not in targets]
+        for target in targets:
+            pair = -(logsigmoid(query[target]) + logsigmoid(-query[others]).sum()) / 10
+            total = total + pair / len(targets) / 3
+    torch.testing.assert_close(model.losses(batch)["next"], total)
+    assert "offset" in model.state_dict()
+    assert make(view, loss="bce").offset is None  # one negative needs none, and the paper has none
+
+
 def test_bce_negatives_avoid_the_users_own_training_items():
     _, batch = two_baskets()
     own, owner = _items_of_users(batch.history.items, batch.targets)

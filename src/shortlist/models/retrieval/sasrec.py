@@ -10,11 +10,13 @@ Differences from the 2018 paper, each a setting or measured:
 - the block is pre-layer-norm unless `block="original"`, the loss a full softmax unless `loss="bce"`;
 - only positions that end a group are supervised, by all items of the next group, so nothing is learned from the order in a basket;
 - item fields, where the log has them, are added to the item's vector, so that items without events can be found;
+- bce_k and gbce learn one offset of all scores, without which they can stand still for long: `learn_offset`;
 - a user without known history gets the ranking by popularity, through one extra column of the vectors.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -81,6 +83,9 @@ class SASRecConfig:
     """Scores are divided by it, in training and serving."""
     gbce_t: float = 0.75
     """Calibration t of gBCE: 0 = plain BCE, 1 = calibrated probabilities."""
+    learn_offset: bool = True
+    """bce_k and gbce add one learned number to all scores, started at -log k. Published models must bend all item vectors into one
+    direction for it first, which can look like no training at all for thousands of steps. It changes no order, so it is not served."""
     use_fields: bool = True
     """Add item fields to the item's vector; False is the paper's model."""
     id_dropout: float = 0.1
@@ -181,6 +186,8 @@ class SASRec(VectorRetriever):
         block = PreNormBlock if config.block == "pre-ln" else OriginalBlock
         self.blocks = nn.ModuleList(block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(config.dim)
+        has_offset = config.learn_offset and config.loss in ("bce_k", "gbce")
+        self.offset = nn.Parameter(torch.tensor(-math.log(config.num_negatives))) if has_offset else None
         self._initialise()
         # Items with fields are judged by them; without fields an item that never sold is a negative like any other.
         is_candidate_N = space.known_items.clone() if self.items.num_fields else torch.ones_like(space.known_items)
@@ -232,6 +239,8 @@ class SASRec(VectorRetriever):
             negatives = sampler.draw_distinct(config.num_negatives)
         positive_T = target_scores(query_PD, self._normed(self.items(items.values)), items)
         negative_Pk = negative_scores(query_PD, self._normed(self.items(negatives)))
+        if self.offset is not None:
+            positive_T, negative_Pk = positive_T + self.offset, negative_Pk + self.offset
         negative_Pk = hide_hits(negative_Pk, negatives, items)
         match config.loss:
             case "sampled_softmax":
