@@ -87,18 +87,15 @@ def _choose(dataset: Dataset, k: int) -> tuple[dict[str, Any], dict[str, Any], d
     """Stages, settings of systems, and of their trainers, as tables.
 
     Counts and closed forms find most of what can be found on small logs in seconds; what is learned by gradient finds new items by
-    their fields, or reads the order of events. With few requests to learn from, rankers without id tables do best, and the mean of a
-    linear one (in curves of its pair fields) and a deep one does better than either.
+    their fields, or reads the order of events. With few requests to learn from, rankers without id tables do best. The order is the mean
+    of a linear ranker (in curves of its pair fields), whose scores are at hand from pre-ranking, and a deep one.
     """
     num_requests = len(dataset.split.fit)
     is_small = num_requests < SMALL
     stages: dict[str, Any] = {
         "retrieval": {"systems": _retrievers(dataset), "keep": max(k, min(300, dataset.num_items))},
         "pre-ranking": {"systems": ["light"], "keep": max(k, min(100, dataset.num_items))},
-        "ranking": {
-            "systems": ["dnn", "light"] if is_small or not _can(dataset, "din") else ["din"],
-            "keep": max(k, min(50, dataset.num_items)),
-        },
+        "ranking": {"systems": ["dnn", "light"], "keep": max(k, min(50, dataset.num_items))},
     }
     if _can(dataset, "mmr"):
         stages["re-ranking"] = {"systems": ["mmr"]}
@@ -111,7 +108,6 @@ def _choose(dataset: Dataset, k: int) -> tuple[dict[str, Any], dict[str, Any], d
     trainers = {
         "light": {"lr": 5e-3, "batch_size": for_rankers, "epochs": 10},
         "dnn": {"lr": 2e-3, "batch_size": for_rankers, "epochs": 10},
-        "din": {"batch_size": for_rankers, "epochs": 10},
         "two-tower": {"epochs": 6, "patience": 2},
         "sasrec": {"batch_size": for_sequences, "epochs": 30},
     }
@@ -130,13 +126,10 @@ def _batch_size(num_examples: int) -> int:
 
 def _retrievers(dataset: Dataset) -> list[str]:
     """What finds candidates, the most telling first: equals in the merged list keep this order."""
-    wanted = ["personal-frequency"] if dataset.repeats else []
-    if not dataset.repeats:
-        wanted.append("sasrec")
-    wanted.append("item-knn")
+    wanted = ["personal-frequency" if dataset.repeats else "sasrec", "item-knn"]
     if dataset.num_items <= MOST_ITEMS_OF_EASE:
         wanted.append("ease")
-    if _can(dataset, "two-tower") and "item_fields" in offers(dataset):
+    if "item_fields" in offers(dataset):
         wanted.append("two-tower")
     return [name for name in [*wanted, "popularity"] if _can(dataset, name)]
 
