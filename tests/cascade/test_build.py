@@ -200,6 +200,59 @@ def test_later_stages_learn_on_what_earlier_ones_let_through(dataset, config, tm
             assert labels == [float(item in targets) for item in got]
 
 
+def shown_log(histories: Histories, seed: int = 0) -> pl.DataFrame:
+    """The shop's choices, each on a page with two other items that were not chosen, and pages on which nothing was."""
+    rng = np.random.default_rng(seed)
+    bought = shop_log(histories).with_columns(page=pl.int_range(pl.len()), click=pl.lit(1))
+    extra = bought.sample(fraction=0.3, seed=seed).with_columns(page=pl.col("page") + bought.height)
+    pages = pl.concat([bought, bought, extra, extra]).with_columns(click=pl.lit(0))
+    other = 1 + (pages["item_id"].to_numpy() + rng.integers(1, 19, pages.height)) % 20  # never the item itself
+    shown = pages.with_columns(item_id=pl.Series(other), timestamp=pl.col("timestamp") - 1)
+    bought = bought.with_columns(timestamp=pl.col("timestamp") - 1)
+    return pl.concat([bought, shown.select(bought.columns)]).rename({"page": "request_id"})
+
+
+def test_rankers_learn_on_logged_pages_when_asked(histories, config, tmp_path, monkeypatch):
+    data = build_dataset(read(shown_log(histories)))
+    assert data.logged is not None
+    learned = []
+    made = build.candidate_source
+    monkeypatch.setattr(
+        build, "candidate_source", lambda *a, **k: learned.append((a[0], made(*a, **k))) or learned[-1][1]
+    )
+    run = train(data, config.override("learning.candidates=logged", "learning.slices=3"), tmp_path / "run")
+    assert load_run(run.folder).config.learning.candidates == "logged"
+    requests, shown, labels = data.impressions("fit")
+    excluded = not data.repeats
+    expected = {}
+    for r in range(len(requests)):
+        a, b = shown.offsets[r : r + 2].tolist()
+        past = set(data.histories.item[requests.start[r] : requests.end[r]].tolist()) if excluded else set()
+        page = dict(zip(shown.values[a:b].tolist(), labels["click"][a:b].tolist()))
+        key = (int(requests.user[r]), int(requests.time[r]), int(requests.end[r]), tuple(sorted(page)))
+        expected[key] = {item: label for item, label in page.items() if item not in past}
+    lesson, source = learned[-1]
+    assert any(not any(page.values()) for page in expected.values())
+    assert len(lesson.requests) == len(requests)
+    found = [
+        dict(zip(lesson.rows.values[a:b].tolist(), lesson.label[a:b].tolist()))
+        for a, b in zip(lesson.rows.offsets.tolist(), lesson.rows.offsets[1:].tolist())
+    ]
+    in_order = lambda pages: sorted(sorted(page.items()) for page in pages)  # noqa: E731
+    assert in_order(found) == in_order(expected.values())
+    assert {"score_tiny-counting", "rank_light", "pair_seen"} <= lesson.pair.keys()
+    taught = sum(batch.size for batch in source.batches(0))
+    assert taught == sum(bool(page) for page in expected.values())  # also where nothing was chosen
+
+
+def test_logged_pages_are_asked_of_the_log_before_anything_is_trained(dataset, config, tmp_path):
+    with pytest.raises(DataError, match="no impressions: every row is a choice"):
+        train(dataset, config.override("learning.candidates=logged"), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="candidates"):
+        config.override("learning.candidates=all")
+
+
 def test_by_value_each_choice_weighs_its_worth(dataset, config, tmp_path, monkeypatch):
     sources = []
     made = lessons.candidate_source

@@ -102,6 +102,27 @@ def test_a_request_gets_the_same_page_alone_and_in_a_batch(cascade, batch):
         assert torch.equal(cascade.run(one_request(batch, request)).rows[0], together.rows[request])
 
 
+def test_given_candidates_reach_a_stage_as_found_ones_do(cascade, batch):
+    """The very items that were found, in another order, get the same pair fields; and more of them than a stage keeps all arrive."""
+    stage = "pre-ranking"
+    found = cascade.until(batch, stage).candidates
+    lot = torch.rand(len(found.rows.values), generator=torch.Generator().manual_seed(0))
+    order = lot.argsort()
+    order = order[found.rows.row_of_value[order].argsort(stable=True)]
+    given = cascade.until(batch, stage, candidates=found.rows.with_values(found.rows.values[order])).candidates
+    assert torch.equal(given.rows.offsets, found.rows.offsets)
+    assert found.pair.keys() == given.pair.keys()
+    one, two = (c.rows.row_of_value * 1000 + c.rows.values for c in (found, given))
+    for name in found.pair:
+        torch.testing.assert_close(given.pair[name][two.argsort()], found.pair[name][one.argsort()])
+
+    every = Jagged.from_rows([list(range(1, NUM_ITEMS + 1 - r % 3)) for r in range(batch.size)])
+    assert NUM_ITEMS > 10 + 3  # what pre-ranking keeps
+    given = cascade.until(batch, "ranking", candidates=every).candidates
+    assert [sorted(rows) for rows in rows_of(given.rows)] == rows_of(every)
+    assert all(given.pair[f"score_{name}"].abs().sum() > 0 for name in ("tiny-closed-form", "tiny-two-phases"))
+
+
 def test_until_gives_what_the_stage_is_served(cascade, batch):
     seen = {}
     ranker = cascade.systems["tiny-pairs"]

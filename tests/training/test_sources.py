@@ -232,6 +232,15 @@ def test_positives_are_kept_and_negatives_drawn_anew():
         assert seen == {r * 100 + c for c in range(r % 3, 6 + r % 8)}, "every negative has its turn"
 
 
+def test_shown_pages_teach_also_where_nothing_was_chosen():
+    for negatives in (None, 3):
+        source = candidates(num_negatives=negatives, only_chosen=False)
+        sizes = {}
+        for batch in source.batches(0):
+            sizes |= dict(zip((batch.user - 1).tolist(), batch.candidate_rows.lengths.tolist()))
+        assert sizes == {r: 6 + r % 8 if negatives is None else r % 3 + 3 for r in range(NUM_REQUESTS)}
+
+
 def test_all_candidates_by_default():
     for batch in candidates().batches(0):
         assert batch.candidate_rows.lengths.tolist() == [6 + (user - 1) % 8 for user in batch.user.tolist()]

@@ -44,11 +44,13 @@ from shortlist.cascade.lessons import (
     joined,
     make_batch,
     sample,
+    sample_shown,
 )
 from shortlist.cascade.meter import Meter
 from shortlist.cascade.run import Run, load_run, make_system, save_run
 from shortlist.data.dataset import Dataset
-from shortlist.data.histories import Histories, Requests, View
+from shortlist.data.histories import Histories, Int, Requests, View
+from shortlist.data.jagged import Jagged
 from shortlist.errors import ConfigError
 from shortlist.metrics import ranking
 from shortlist.models.base import Phase, System
@@ -107,6 +109,8 @@ def train_cascade(
             f"surface.repeats is {config.surface.repeats!r}, but the dataset was built the other way; "
             "build it with the run's data_settings"
         )
+    if config.learning.candidates == "logged":
+        dataset.impressions("fit")  # a log without them is refused before anything is trained
     out = Path(out)
     check_writable(out)
     state = out.with_name(f"{out.name}.training")
@@ -160,6 +164,7 @@ class _Builder:
             [self.dataset.plan.now, self.dataset.repeats, asdict(self.dataset.config)],
             *(getattr(self.dataset.histories, f.name) for f in fields(Histories)),
             self.dataset.plan.window_of_event,
+            *(() if self.dataset.logged is None else (self.dataset.logged.rows.values.numpy(),)),
             *(column.numpy() for column in self.dataset.space.items.columns.values() if isinstance(column, Tensor)),
         )
 
@@ -258,6 +263,7 @@ class _Builder:
             batch_size=trainer.batch_size,
             max_history=system.max_history,
             num_negatives=learning.num_negatives,
+            only_chosen=learning.candidates == "cascade",
             seed=trainer.seed,
         )
 
@@ -346,11 +352,13 @@ class _StageLessons:
         """Fit requests, thinned out."""
         builder, learning = self.builder, self.builder.config.learning
         seed = builder.config.trainer.seed
-        requests = sample(builder.dataset.split.fit, learning.fit_requests, seed)
-        parts = [
-            self._collect(part, view, learning.max_candidates)
-            for part, view in self._slices(requests, learning.slices if learning.refresh else 1)
-        ]
+        requests, shown = sample(builder.dataset.split.fit, learning.fit_requests, seed), None
+        if learning.candidates == "logged":
+            requests, shown = sample_shown(builder.dataset, learning.fit_requests, seed)
+        parts = []
+        for part, view in self._slices(requests, learning.slices if learning.refresh else 1):
+            given = None if shown is None else shown.select(torch.from_numpy(part))
+            parts.append(self._collect(requests.select(part), view, learning.max_candidates, given))
         return self._told("fit", joined(parts))
 
     @cached_property
@@ -358,20 +366,21 @@ class _StageLessons:
         """Validation requests with all their candidates."""
         return self._told("validation", self._collect(self.builder.valid, self.builder.dataset.view("valid"), None))
 
-    def _slices(self, requests: Requests, count: int) -> Iterator[tuple[Requests, View]]:
-        """The requests cut by time, each part with what was known when it began. One part where the protocol does not cut by time."""
+    def _slices(self, requests: Requests, count: int) -> Iterator[tuple[Int, View]]:
+        """The requests (indices) cut by time, each part with what was known when it began. One part where nothing is cut by time."""
         dataset = self.builder.dataset
         if dataset.split.protocol != "time" or not dataset.space.has_clock:
-            yield requests, self.builder.view
+            yield np.arange(len(requests)), self.builder.view
             return
         for part in np.array_split(np.argsort(requests.time, kind="stable"), count):
             if len(part):
-                yield requests.select(part), dataset.view_before(int(requests.time[part].min()))
+                yield part, dataset.view_before(int(requests.time[part].min()))
 
-    def _collect(self, requests: Requests, view: View, most: int | None) -> Lessons:
+    def _collect(self, requests: Requests, view: View, most: int | None, shown: Jagged | None = None) -> Lessons:
         builder = self.builder
         cascade = builder.cascade(view, partial=True)
-        return collect(cascade, builder.dataset, requests, self.stage.name, most=most, seed=builder.config.trainer.seed)
+        seed = builder.config.trainer.seed
+        return collect(cascade, builder.dataset, requests, self.stage.name, shown=shown, most=most, seed=seed)
 
     def _told(self, window: str, lessons: Lessons) -> Lessons:
         found = float(lessons.label.sum()) / max(len(lessons.requests.target), 1)

@@ -227,16 +227,21 @@ class Cascade:
         return Page(rows=rows, scores=scores, traces=tuple(traces), chain=chosen.name)
 
     @torch.no_grad()
-    def until(self, batch: Batch, stage: str) -> Batch:
-        """The batch as a stage gets it in the default chain: with candidates, best first, and pair fields. Failures are raised."""
+    def until(self, batch: Batch, stage: str, *, candidates: Jagged | None = None) -> Batch:
+        """The batch as a stage gets it in the default chain: with candidates, best first, and pair fields. Failures are raised.
+
+        `candidates`, such as what a logged page showed, stand in place of a search: all that are permitted reach the stage.
+        """
         number = [s.name for s in self.config.stages].index(stage)
         if not number:
             raise ConfigError(f"nothing comes before {stage}, the first stage")
         funnel = self._start(batch, None)
         funnel.wants_pairs = True
         k = self.config.surface.k
+        if candidates is not None and len(candidates.values):
+            k = max(k, int(candidates.lengths.max()))
         for n, action in enumerate(self.config.default_chain.actions[:number]):
-            self._stage(funnel, n, action, max(action.keep or k, k), Watch(strict=True))
+            self._stage(funnel, n, action, max(action.keep or k, k), Watch(strict=True), given=candidates)
         return funnel.candidates(stage_space(self.config, self.space, stage))
 
     # -- stages --------------------------------------------------------------------------------------------------

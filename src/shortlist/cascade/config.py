@@ -52,6 +52,9 @@ class Learning:
     """Requests at most, drawn at random from the fit window, on which rankers learn."""
     valid_requests: int = 2_000
     """Requests at most, drawn from the validation window, on which each system's training is stopped."""
+    candidates: Literal["cascade", "logged"] = "cascade"
+    """What rankers learn from: what the stages before let through, or what the log's own pages showed, chosen or not. Either way
+    training stops by how well they order what the stages let through, which is what they will meet."""
     max_candidates: int = 300
     """Candidates kept per fit request: all that were chosen and a random part of the others, drawn once."""
     num_negatives: int | None = None
@@ -67,7 +70,7 @@ class Learning:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is not None and not isinstance(value, bool) and value < 1:
+            if value is not None and not isinstance(value, bool | str) and value < 1:
                 raise ConfigError(f"{f.name} must be at least 1, got {value}")
 
 

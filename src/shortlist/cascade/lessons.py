@@ -53,19 +53,37 @@ def chunks(num_requests: int, num_items: int) -> Iterator[Int]:
 
 def sample(requests: Requests, most: int, seed: int) -> Requests:
     """At most so many requests, drawn at random, in their old order."""
-    if len(requests) <= most:
-        return requests
-    return requests.select(
-        np.sort(np.random.default_rng([seed, len(requests)]).choice(len(requests), most, replace=False))
-    )
+    return requests if len(requests) <= most else requests.select(drawn(len(requests), most, seed))
+
+
+def drawn(num_requests: int, most: int, seed: int) -> Int:
+    """Indices of at most so many requests, drawn at random, rising."""
+    if num_requests <= most:
+        return np.arange(num_requests)
+    return np.sort(np.random.default_rng([seed, num_requests]).choice(num_requests, most, replace=False))
+
+
+def sample_shown(dataset: Dataset, most: int, seed: int) -> tuple[Requests, Jagged]:
+    """At most so many logged impressions of the fit window, and the items that each showed."""
+    requests, shown, _ = dataset.impressions("fit")
+    index = drawn(len(requests), most, seed)
+    return requests.select(index), shown.select(torch.from_numpy(index))
 
 
 def collect(
-    cascade: Cascade, dataset: Dataset, requests: Requests, stage: str, *, most: int | None = None, seed: int = 0
+    cascade: Cascade,
+    dataset: Dataset,
+    requests: Requests,
+    stage: str,
+    *,
+    shown: Jagged | None = None,
+    most: int | None = None,
+    seed: int = 0,
 ) -> Lessons:
     """Run the stages before `stage` on the requests.
 
     Args:
+        shown: items per request that stand in place of what the first stage would find.
         most: candidates kept per request: all that were chosen and a random part of the others; None = all.
         seed: of the random part.
     """
@@ -73,7 +91,8 @@ def collect(
     parts: list[Lessons] = []
     for index in chunks(len(requests), dataset.num_items):
         asked = requests.select(index)
-        batch = cascade.until(make_batch(dataset, asked, cascade.max_history), stage).to("cpu")
+        given = None if shown is None else shown.select(torch.from_numpy(index))
+        batch = cascade.until(make_batch(dataset, asked, cascade.max_history), stage, candidates=given).to("cpu")
         assert batch.candidates is not None
         rows, pair = batch.candidates.rows, batch.candidates.pair
         label, worth = labels_of(rows, asked)
@@ -144,6 +163,7 @@ def candidate_source(
     batch_size: int,
     max_history: int,
     num_negatives: int | None,
+    only_chosen: bool,
     seed: int,
 ) -> BatchSource:
     """What a ranker trains on; see CandidateSource."""
@@ -160,6 +180,7 @@ def candidate_source(
         batch_size=batch_size,
         max_history=max_history,
         num_negatives=num_negatives,
+        only_chosen=only_chosen,
         seed=seed,
     )
     if not by_value:

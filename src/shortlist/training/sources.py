@@ -171,11 +171,13 @@ class CandidateSource:
         requests: R past requests.
         candidates: R rows of catalogue rows, total of them end to end.
         pair: user-item fields by name, [total, ...] each.
-        labels: float32 [total] per task. A candidate is positive when any label is above 0; requests without one are left out.
+        labels: float32 [total] per task. A candidate is positive when any label is above 0.
         batch_size: requests per batch.
         max_history: newest events kept per request.
         num_negatives: candidates without a positive label kept per request, drawn anew each epoch; None = all. Positives are always
             kept, so the share of positives rises: order is not affected, calibration is.
+        only_chosen: leave out requests without a positive. False where candidates are what was shown, and showing what nobody wants is
+            a lesson too.
         seed: of the order and the draws.
         bucket_by_length: requests with histories of similar length share a batch.
 
@@ -194,6 +196,7 @@ class CandidateSource:
         batch_size: int,
         max_history: int,
         num_negatives: int | None = None,
+        only_chosen: bool = True,
         seed: int = 0,
         bucket_by_length: bool = False,
     ) -> None:
@@ -205,8 +208,9 @@ class CandidateSource:
         self.pair, self.labels = dict(pair), dict(labels)
         self.batch_size, self.max_history, self.num_negatives, self.seed = batch_size, max_history, num_negatives, seed
         self.positive = torch.stack(list(labels.values())).gt(0).any(0)
-        self.kept: Int = np.flatnonzero(_count(candidates, self.positive).numpy())
-        if not len(self.kept):
+        counted = self.positive if only_chosen else torch.ones_like(self.positive)
+        self.kept: Int = np.flatnonzero(_count(candidates, counted).numpy())
+        if not self.positive.any():
             raise DataError(
                 f"none of {len(requests):,} requests has a positive candidate: the earlier stages let nothing through that was "
                 "then chosen; let them keep more, or check the labels"
