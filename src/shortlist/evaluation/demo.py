@@ -19,7 +19,7 @@ from shortlist.data.datasets import load
 from shortlist.data.datasets.builtin import ATTRIBUTION
 from shortlist.evaluation.evaluate import Comparison, compare
 from shortlist.evaluation.evidence import surroundings, write_json
-from shortlist.evaluation.runs import RunReport, baselines, cost_rows, evaluate_counted, evaluate_run, is_run
+from shortlist.evaluation.runs import BASELINES, RunReport, baselines, cost_rows, evaluate_counted, evaluate_run, is_run
 from shortlist.evaluation.tables import aligned, comparison_plot, comparison_text, losses_text, slices_text
 
 CONFIG = "demo.toml"
@@ -114,10 +114,10 @@ def shown_metrics(run: Run) -> list[str]:
     return [f"ndcg@{k}", f"recall@{k}", f"value@{k}", f"hr@{k}"]
 
 
-def beside_baselines(run: Run, mine: RunReport, repeats: bool) -> Comparison:
-    """The cascade and every simple system on the same requests, the cascade as the reference."""
+def beside_baselines(run: Run, mine: RunReport, repeats: bool, names: Sequence[str] = BASELINES) -> Comparison:
+    """The cascade and the simple systems on the same requests, the cascade as the reference."""
     k = run.config.surface.k
-    others = [evaluate_counted(name, run.dataset, k=k, repeats=repeats) for name in baselines(run.dataset)]
+    others = [evaluate_counted(name, run.dataset, k=k, repeats=repeats) for name in baselines(run.dataset, names)]
     return compare([mine.report, *others], reference=mine.report.name)
 
 

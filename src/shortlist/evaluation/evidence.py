@@ -39,7 +39,7 @@ from shortlist.metrics import Interval
 from shortlist.metrics.intervals import seed_interval
 
 Verdict = Literal["holds", "fails", "partly"]
-REPORTED_PACKAGES = ("shortlist", "torch", "numpy", "polars", "faiss-cpu")
+REPORTED_PACKAGES = ("shortlist", "torch", "numpy", "polars")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
