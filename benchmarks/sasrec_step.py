@@ -11,6 +11,7 @@ B sequences, L longest, D width, P supervised positions, n items.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +24,10 @@ from torch.nn.functional import cross_entropy
 
 from shortlist.data.batches import Batch, next_event_batch
 from shortlist.data.histories import Histories
+from shortlist.data.jagged import Jagged
 from shortlist.data.schema import FieldTable, Space
 from shortlist.evaluation.evidence import machine_lock, surroundings, write_json
+from shortlist.layers.attention import LengthClasses, causal_attention
 from shortlist.models.retrieval.sasrec import SASRec, SASRecConfig
 
 NUM_ITEMS, NUM_USERS = 3_416, 512
@@ -117,6 +120,28 @@ def kept_bytes(loss: Callable[[], Tensor]) -> int:
     return sum(seen.values())
 
 
+def attention_table(rounds: int, batch_size: int, max_history: int, dim: int) -> list[dict[str, object]]:
+    """Attention alone, forward and backward, by width of the length classes: 1 = one class per length, L = one padded block."""
+    generator = np.random.default_rng(2)
+    table: list[dict[str, object]] = []
+    for profile, (center, spread, least) in {"ml-1m": (4.56, 0.95, 20), "shop": (2.5, 1.1, 1)}.items():
+        lengths = np.exp(generator.normal(center, spread, batch_size)).clip(least, max_history).astype(np.int64)
+        rows = Jagged.from_lengths(torch.zeros(int(lengths.sum())), torch.from_numpy(lengths))
+        qkv = [torch.randn(int(lengths.sum()), 1, dim, requires_grad=True) for _ in range(3)]
+        layouts = {width: LengthClasses.of(rows, width) for width in (1, 8, 16, 32, 64, max_history)}
+        seconds: dict[int, list[float]] = {width: [] for width in layouts}
+        for step in range(rounds + 1):
+            for width, classes in layouts.items():
+                started = time.perf_counter()
+                causal_attention(qkv[0], qkv[1], qkv[2], classes).sum().backward()
+                if step:
+                    seconds[width].append(time.perf_counter() - started)
+        fastest = {width: round(1e3 * min(times), 2) for width, times in seconds.items()}
+        print(f"attention alone, {profile} lengths, fastest ms by class width: {fastest}")
+        table += [{"profile": profile, "class_width": width, "fastest_ms": ms} for width, ms in fastest.items()]
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="timed steps per arm")
@@ -179,12 +204,15 @@ def main() -> None:
         }
         print(f"{name:42} {row['ms_per_step']:12} {row['speed_against_padded']:6}x {row['kept_for_backward_mib']:9}")
         table.append(row)
+    with machine_lock():
+        attention = attention_table(3 * arguments.rounds, arguments.batch_size, arguments.max_history, arguments.dim)
     content = {
         "name": "sasrec_step",
-        "command": "python benchmarks/sasrec_step.py",
+        "command": " ".join(["python", "benchmarks/sasrec_step.py", *sys.argv[1:]]),
         "settings": vars(arguments),
         "share_of_padding": round(share, 3),
         "arms": table,
+        "attention": attention,
         **surroundings(),
     }
     write_json(RESULT, content)

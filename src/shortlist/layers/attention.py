@@ -5,8 +5,8 @@ R sequences of a class.
 
 Sequences are cut into classes of similar length; each class is padded to its longest member and attended with PyTorch's fused
 kernel. Padding stands at the RIGHT, where a causal mask hides it from every real position, so no second mask is needed and no row can
-be wholly masked (which would give NaN). Measured beside one padded block and the nested-tensor kernel, which has no causal form on
-CPU: `benchmarks/sasrec_step.py`.
+be wholly masked (which would give NaN). `benchmarks/sasrec_step.py` compares class widths with one padded block and one class per
+length; PyTorch's nested tensors have no causal kernel on CPU (torch 2.13).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shortlist.data.jagged import Jagged
 from shortlist.errors import ConfigError
 
 CLASS_WIDTH = 16
-"""Lengths 1..16 form a class, 17..32 the next. On 2 cores 16 is within 6 % of the best of 1..64 for short and long histories alike."""
+"""Lengths 1..16 form a class, 17..32 the next: near the best for short and for long histories (`benchmarks/sasrec_step.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,11 @@ def causal_attention(
         return v_THd
     num_heads, width = q_THd.shape[1:]
     sizes = [R * L for R, L in classes.shapes]
+    # One gather for all classes: each gather's backward pass would clear and add a tensor of the whole batch.
+    q_cells, k_cells, v_cells = (x_THd.index_select(0, classes.gather).split(sizes) for x_THd in (q_THd, k_THd, v_THd))
     blocks = []
-    for cells, (R, L) in zip(classes.gather.split(sizes), classes.shapes):
-        q_RHLd, k_RHLd, v_RHLd = (
-            x_THd.index_select(0, cells).view(R, L, num_heads, width).transpose(1, 2) for x_THd in (q_THd, k_THd, v_THd)
-        )
+    for (R, L), *qkv in zip(classes.shapes, q_cells, k_cells, v_cells):
+        q_RHLd, k_RHLd, v_RHLd = (x.view(R, L, num_heads, width).transpose(1, 2) for x in qkv)
         out_RHLd = scaled_dot_product_attention(q_RHLd, k_RHLd, v_RHLd, is_causal=True, dropout_p=dropout)
         blocks.append(out_RHLd.transpose(1, 2).reshape(R * L, num_heads, width))
     return torch.cat(blocks).index_select(0, classes.place)
