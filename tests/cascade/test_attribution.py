@@ -29,9 +29,7 @@ def test_every_target_is_followed_to_where_it_fell(answered):
     page, requests = answered
     expected = []
     for request in range(len(requests)):
-        sets = [
-            set(t.rows.values[t.rows.offsets[request] : t.rows.offsets[request + 1]].tolist()) for t in page.traces
-        ]
+        sets = [set(t.rows.values[t.rows.offsets[request] : t.rows.offsets[request + 1]].tolist()) for t in page.traces]
         sets[-1] = set(page.rows[request].tolist())
         for target in requests.target[requests.target_offsets[request] : requests.target_offsets[request + 1]]:
             expected.append(next((n for n, there in enumerate(sets) if target not in there), 3))

@@ -78,7 +78,7 @@ BAD_SETTINGS = [
     ("[stages.retrieval]\nsystems = 'popularity'", ("stages.retrieval.systems", "list")),
     ("[stages.retrieval]\nsystems = []", ("at least one system",)),
     ("[stages.ranking]\nsystems = ['dnn']", ("retrievers", "'dnn'")),
-    ("[stages.retrieval]\nsystems = ['popularity']\nkeep = 12\n[stages.ranking]\nsystems = ['dnn']\nkeep = 20", ("20", "12", "ranking.keep")),
+    ("[stages.retrieval]\nsystems = ['popularity']\nkeep = 12\n[stages.ranking]\nsystems = ['dnn']\nkeep = 20", ("20", "12", "ranking.keep")),  # noqa: E501
     ("[stages.retrieval]\nsystems = ['popularity']\n[systems.popularity]\nwindow_days = 'x'", ("systems.popularity.window_days", "'x'")),
     ("[stages.retrieval]\nsystems = ['popularity']\n[systems.popularity]\nwindow = 3", ("'window'", "window_days")),
     ("[systems.din]\ndim = 3", ("din", "no stage")),

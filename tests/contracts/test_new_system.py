@@ -112,7 +112,11 @@ def test_contract_tests_take_it_up(clone):
 
 
 def test_a_cascade_s_toml_takes_it(clone):
-    program = "from pathlib import Path; from shortlist.cascade.config import RunConfig; print(RunConfig.from_toml(Path('run.toml')).to_toml())"
-    printed = run(clone, "-c", program)
+    load = "RunConfig.from_toml(Path('run.toml'))"
+    printed = run(
+        clone,
+        "-c",
+        f"from pathlib import Path; from shortlist.cascade.config import RunConfig; print({load}.to_toml())",
+    )
     assert "newcomer" in printed
     assert "seed = 3" in printed

@@ -72,7 +72,9 @@ def test_pages_do_not_depend_on_the_chunk(dataset, popularity):
 
 
 def test_without_repeats_no_page_shows_and_no_target_is_an_item_of_the_history():
-    early = shop_dataset(config=DataConfig(fit_share=0.7, repeats="yes"))  # while people still have something new to find
+    early = shop_dataset(
+        config=DataConfig(fit_share=0.7, repeats="yes")
+    )  # while people still have something new to find
     entry = find("popularity")
     model = entry.cls(entry.config(), early.space)
     model.prepare(early.view("fit"))

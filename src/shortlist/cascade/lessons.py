@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -216,8 +217,7 @@ def candidate_score(system: System, dataset: Dataset, lessons: Lessons, k: int) 
 
 def device_of(system: System) -> torch.device:
     """Where its tensors are; the CPU where it has none."""
-    tensor = next(iter(system.parameters()), None)
-    tensor = next(iter(system.buffers()), None) if tensor is None else tensor
+    tensor = next(chain(system.parameters(), system.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 

@@ -53,7 +53,8 @@ class Watch:
             try:
                 return work()
             except Exception as error:
-                return self._failed(what, error)
+                self._failed(what, error)
+                return None
         left = self.deadline - time.perf_counter()
         if left <= 0:
             self.problems.append(Problem(f"{what} was not started: no time left before the deadline"))
@@ -67,7 +68,9 @@ class Watch:
                 Problem(f"{what} was late: not ready {left * 1e3:.0f} ms after its start, at the deadline")
             )
             return None
-        return box.result if box.error is None else self._failed(what, box.error)
+        if box.error is not None:
+            self._failed(what, box.error)
+        return box.result
 
     def note_bad(self, what: str, bad_B: Tensor, fault: str = "scores that are no numbers") -> None:
         """Note requests for which something gave what can not be used, bool [B]."""
