@@ -22,6 +22,7 @@ from training_toys import KILLED_RUN, PrepareOnly, Toy, TwoPhases, chain_view, m
 from shortlist.errors import ConfigError, DataError, SnapshotError
 from shortlist.models.base import Phase
 from shortlist.training.context import chosen_device, deterministic
+from shortlist.training.sources import NextEventSource
 from shortlist.training.trainer import Diverged, TrainerConfig, TrainingInterrupted, fit
 
 CONFIG = TrainerConfig(epochs=4, batch_size=16, lr=0.02, table_lr=0.05, device="cpu", seed=5)
@@ -374,6 +375,40 @@ def test_two_phases_resume_anywhere(tmp_path, stop_at):
     assert without_time(report) == without_time(expected)
     assert not resumed.table.weight.requires_grad, "what `before` froze is frozen again"
     assert resumed.befores == (("map",) if stop_at < 8 else ()), "`before` runs once, in the call that enters the phase"
+
+
+def test_a_source_that_seeds_when_it_is_made_changes_nothing(tmp_path):
+    """A later stage's source is made from other systems, which are seeded when they are built: also in the middle of a resumed run."""
+    config = replace(CONFIG, checkpoint_seconds=0, patience=None)
+
+    def fit_with_seeding(toy):
+        def source_of(phase):
+            torch.manual_seed(99)
+            return NextEventSource(view, batch_size=config.batch_size, max_history=6, seed=config.seed)
+
+        return fit(toy, view, source_of, config=config, folder=tmp_path / type(toy).__name__, progress=False)
+
+    class Draws(Toy):
+        steps, stop_at = 0, None
+
+        def losses(self, batch):
+            self.steps += 1
+            if self.steps == self.stop_at:
+                raise RuntimeError("power cut")
+            return {name: loss * torch.rand(()) for name, loss in super().losses(batch).items()}
+
+    class Whole(Draws):
+        pass
+
+    whole, view = make(Whole)
+    fit_with_seeding(whole)
+    toy, _ = make(Draws)
+    toy.stop_at = 5
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit_with_seeding(toy)
+    resumed, _ = make(Draws)
+    fit_with_seeding(resumed)
+    assert_same_weights(resumed, whole)
 
 
 def test_a_finished_run_is_only_read(tmp_path):

@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -144,7 +145,7 @@ def fit(
     return of the best weights belong to the last phase; earlier ones run all their epochs, since their goal is another one.
 
     Args:
-        source_of: gives the batches of a phase.
+        source_of: gives the batches of a phase. It does not move the random state of training.
         validate: called in evaluation mode without gradients; higher is better. It does not move the random state of training.
         folder: keeps checkpoints and curve.jsonl; where it holds a checkpoint, training goes on from there.
         progress: a bar on a terminal, a line per epoch elsewhere, both on standard error.
@@ -257,7 +258,9 @@ class _Run:
     # --- one phase, one epoch, one step ---
 
     def _run_phase(self, phase: Phase) -> Stopped:
-        source = self.source_of(phase)
+        # Made anew by a resumed run, which is then in the middle of its draws.
+        with self._own_draws():
+            source = self.source_of(phase)
         steps = source.steps_per_epoch()
         if steps < 1:
             raise DataError(f"{self.name}, phase {phase.name!r}: there is no batch to train on; check the log's cuts")
@@ -393,8 +396,7 @@ class _Run:
     def _validate(self) -> float:
         assert self.validate is not None
         self.system.eval()
-        cuda = [self.device.index or 0] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        with self._own_draws(), torch.no_grad():
             score = float(self.validate(self.system))
         self.system.train()
         if not math.isfinite(score):
@@ -402,6 +404,10 @@ class _Run:
                 f"{self.name}: validation gave {score} after epoch {self.place.epoch + 1}; lower lr, or check validate"
             )
         return score
+
+    def _own_draws(self) -> AbstractContextManager[None]:
+        """What is drawn inside does not move the random state of training."""
+        return torch.random.fork_rng(devices=[self.device.index or 0] if self.device.type == "cuda" else [])
 
     def _compare(self, score: float) -> None:
         if self.place.best_score is None or score > self.place.best_score:
