@@ -1,6 +1,6 @@
-"""SASRec's loss ladder: one encoder, five losses, full ranking beside the sampled protocol that hides their difference.
+"""SASRec's loss ladder on ML-100K: one encoder, five losses, full ranking beside the sampled protocol that hides their difference.
 
-`shortlist prove sasrec_losses` (wants SHORTLIST_DATA). ML-100K runs three seeds, ML-1M one; both resume where they were stopped.
+`shortlist prove sasrec_losses` (wants SHORTLIST_DATA); resumes where it was stopped. `sasrec_losses_ml1m` runs the same on ML-1M.
 R requests, C = 101 candidates of a sampled ranking.
 """
 
@@ -59,22 +59,13 @@ CLAIM = Claim(
     systems=("sasrec",),
     claim="The loss decides how good SASRec is: with the same encoder, full softmax, sampled softmax and gBCE rank far better than the "
     "original binary cross-entropy with one negative.",
-    data="MovieLens-100K (943 users, 1,349 items) and MovieLens-1M (6,040 users, 3,416 items), users and items with at least 5 events",
+    data="MovieLens-100K (943 users, 1,349 items), users and items with at least 5 events",
     protocol="Leave-last-out as published: each user's last event is the test, with the validation event in the input; full ranking of the "
     "catalogue, seen items filtered; ties in time cut by file order, which a model of order may use. Epoch chosen on validation NDCG@10, "
     "test once; the same settings for all losses; BCE and gBCE with 256 negatives learn one offset of all scores, gBCE is also run "
     "without it. The *_of_101 columns rank against 100 uniform negatives instead, for contrast only.",
-    bar=f"On ML-1M NDCG@10 of full softmax, sampled softmax and gBCE is at least {FACTOR} x that of BCE with one negative, full softmax "
-    f"reaches {FULL_SOFTMAX_FLOOR} and BCE lies within {BCE_RANGE[0]} to {BCE_RANGE[1]}; on ML-100K, a tenth the size and without a "
-    "published ladder, full softmax is above BCE with every seed.",
-    published={
-        "ML-1M, BCE (Klenitskiy & Vasilev 2023)": {"hr@10": 0.2500, "ndcg@10": 0.1341},
-        "ML-1M, BCE (Petrov & Macdonald 2023)": {"hr@10": 0.2392, "ndcg@10": 0.1259},
-        "ML-1M, gBCE (Petrov & Macdonald 2023)": {"hr@10": 0.3003, "ndcg@10": 0.1726},
-        "ML-1M, sampled softmax, cosine / 0.05 (HSTU's baseline, no validation item)": {"hr@10": 0.2853, "ndcg@10": 0.1603},
-        "ML-1M, full softmax (Klenitskiy & Vasilev 2023)": {"hr@10": 0.3152, "ndcg@10": 0.1821},
-        "ML-1M, BCE, 100 negatives (Kang & McAuley 2018, as recalled)": {"hr@10_of_101": 0.8245, "ndcg@10_of_101": 0.5905},
-    },
+    bar="NDCG@10 of full softmax is above BCE with one negative for every seed. There is no published ladder for a set this small; this bar "
+    "was set after a preview with one seed, which scored the test window.",
 )  # fmt: skip
 
 
@@ -89,27 +80,26 @@ class Setting:
     patience: int
     """Validations without a gain."""
     validate_every: int = 1
+    max_history: int = 200
+    losses: tuple[str, ...] = (*LADDER, AS_PUBLISHED)
     dim: int = 64
     dropout: float = 0.2
     lr: float = 1e-3
 
 
-FULL = (
-    Setting(data="ml-100k", seeds=(0, 1, 2), batch_size=32, epochs=100, patience=10),
-    Setting(data="ml-1m", seeds=(0,), batch_size=128, epochs=120, patience=6, validate_every=2),
-)
-QUICK = (Setting(data="walks", seeds=(0,), batch_size=64, epochs=6, patience=6, dim=16, lr=1e-2),)
+FULL = Setting(data="ml-100k", seeds=(0, 1, 2), batch_size=32, epochs=50, patience=5)
+QUICK = Setting(data="walks", seeds=(0,), batch_size=64, epochs=6, patience=6, dim=16, lr=1e-2)
 
 
-def run(lab: Lab) -> None:
-    """Baselines, then every loss, on each data set."""
-    for setting in QUICK if lab.quick else FULL:
+def run(lab: Lab, full: Setting = FULL) -> None:
+    """Baselines, then every loss."""
+    for setting in (QUICK if lab.quick else full,):
         log = walks() if setting.data == "walks" else load(setting.data, lab.data_root)
         dataset = build_dataset(log, DataConfig(protocol="leave-last-out-as-published", kcore=5, repeats="no"))
         for name in BASELINES:
             lab.measure(f"{setting.data}: {name}", 0, partial(measured_baseline, name, dataset))
         for seed in setting.seeds:
-            for loss in ARMS:
+            for loss in setting.losses:
                 lab.measure(
                     f"{setting.data}: {loss}", seed, partial(measured_sasrec, lab, setting, dataset, loss, seed)
                 )
@@ -127,7 +117,9 @@ def measured_sasrec(lab: Lab, setting: Setting, dataset: Dataset, loss: str, see
     """SASRec with one loss; the epoch is chosen on validation NDCG@10 under full ranking."""
     view = dataset.view()
     torch.manual_seed(seed)
-    config = SASRecConfig(dim=setting.dim, dropout=setting.dropout, use_fields=False, **ARMS[loss])
+    config = SASRecConfig(
+        dim=setting.dim, dropout=setting.dropout, max_history=setting.max_history, use_fields=False, **ARMS[loss]
+    )
     system = SASRec(config, view.space)
     requests = held_out(dataset, "valid", repeats=False)
 
@@ -227,10 +219,10 @@ def judge(arms: Mapping[str, Arm]) -> Judgement:
     failures, findings = [], []
     sets = list(dict.fromkeys(name.split(": ")[0] for name in arms))
     for data in sets:
-        mine = {loss: arms[f"{data}: {loss}"] for loss in ARMS}
+        mine = {loss: arms[f"{data}: {loss}"] for loss in ARMS if f"{data}: {loss}" in arms}
         full = {loss: arm.metrics["ndcg@10"].mean for loss, arm in mine.items()}
         sampled = {loss: arm.metrics["ndcg@10_of_101"].mean for loss, arm in mine.items()}
-        ratio = {loss: full[loss] / max(full[BCE], 1e-9) for loss in ARMS}
+        ratio = {loss: full[loss] / max(full[BCE], 1e-9) for loss in mine}
         if data == "ml-1m":
             failures += [
                 f"{data}: {loss} is only {ratio[loss]:.2f} x BCE" for loss in CHALLENGERS if ratio[loss] < FACTOR
@@ -243,7 +235,7 @@ def judge(arms: Mapping[str, Arm]) -> Judgement:
             pairs = zip(mine["full softmax"].per_seed["ndcg@10"], mine[BCE].per_seed["ndcg@10"])
             if not all(softmax > bce for softmax, bce in pairs):
                 failures.append(f"{data}: full softmax is not above BCE with every seed")
-        shown = ", ".join(f"{loss} {ratio[loss]:.2f} x" for loss in [*CHALLENGERS, AS_PUBLISHED])
+        shown = ", ".join(f"{loss} {ratio[loss]:.2f} x" for loss in [*CHALLENGERS, AS_PUBLISHED] if loss in mine)
         best = max(LADDER, key=lambda loss: sampled[loss])
         tau = kendall([full[loss] for loss in LADDER], [sampled[loss] for loss in LADDER])
         findings.append(

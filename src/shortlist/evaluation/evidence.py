@@ -215,7 +215,11 @@ def load_claim(path: Path) -> tuple[Claim, ModuleType]:
         raise ConfigError(f"{path} can not be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))  # a claim may share arms with its neighbour
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     for name in ("CLAIM", "run", "judge"):
         if not hasattr(module, name):
             raise ConfigError(f"{path} has no {name}; a claim file has CLAIM, run(lab) and judge(arms)")
