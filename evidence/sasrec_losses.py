@@ -64,8 +64,8 @@ CLAIM = Claim(
     "catalogue, seen items filtered; ties in time cut by file order, which a model of order may use. Epoch chosen on validation NDCG@10, "
     "test once; the same settings for all losses; BCE and gBCE with 256 negatives learn one offset of all scores, gBCE is also run "
     "without it. The *_of_101 columns rank against 100 uniform negatives instead, for contrast only.",
-    bar="NDCG@10 of full softmax is above BCE with one negative for every seed. There is no published ladder for a set this small; this bar "
-    "was set after a preview with one seed, which scored the test window.",
+    bar="NDCG@10 of full softmax is above BCE with one negative for every seed. No published ladder exists for so small a set; "
+    "the bar was set after a preview with one seed, which scored the test window.",
 )  # fmt: skip
 
 

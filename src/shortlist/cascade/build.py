@@ -47,7 +47,7 @@ from shortlist.cascade.lessons import (
     sample_shown,
 )
 from shortlist.cascade.meter import Meter
-from shortlist.cascade.run import Run, load_run, make_system, save_run
+from shortlist.cascade.run import Run, load_run, make_system, most_chosen, save_run
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Histories, Int, Requests, View
 from shortlist.data.jagged import Jagged
@@ -389,12 +389,6 @@ class _StageLessons:
             f"{found:.1%} of what was chosen is among them"
         )
         return lessons
-
-
-def most_chosen(view: View) -> Tensor:
-    """int64 [n] all catalogue rows by their number of events, most first; equals by row."""
-    counts = np.bincount(view.histories.item, minlength=view.space.num_items + 1)[1:]
-    return torch.from_numpy(np.argsort(-counts, kind="stable") + 1)
 
 
 def num_bytes(system: System) -> int:

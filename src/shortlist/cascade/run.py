@@ -15,14 +15,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shortlist.cascade.cascade import Cascade, stage_space
 from shortlist.cascade.config import RunConfig
 from shortlist.data.dataset import Dataset
+from shortlist.data.histories import View
 from shortlist.data.schema import Space
 from shortlist.errors import ConfigError, SnapshotError
 from shortlist.models.base import System, load_weights
@@ -44,6 +46,36 @@ class Run:
     """What training measured; plain JSON."""
     version: str = ""
     """Of the snapshot; every answer carries it."""
+
+
+def as_of(run: Run, window: Literal["fit", "valid", "test"]) -> Cascade:
+    """The cascade as it stood when a window began, for judging it on that window.
+
+    A run is served with counts of everything before the test window. Asked about an earlier window it would have counted the answers, so
+    what learns no weights is counted again on the events before that window. Weights stay as they were trained.
+    """
+    if window == "test" or not run.config.learning.refresh:
+        return run.cascade
+    view = run.dataset.view(window)
+    systems = dict(run.cascade.systems)
+    for name, system in run.cascade.systems.items():
+        if not system.phases():
+            systems[name] = make_system(run.config, name, view.space)
+            systems[name].prepare(view)
+    device = run.cascade.device
+    return Cascade(
+        run.config,
+        run.dataset.space,
+        {name: system.to(device) for name, system in systems.items()},
+        popular=most_chosen(view),
+        device=device,
+    )
+
+
+def most_chosen(view: View) -> Tensor:
+    """int64 [n] all catalogue rows by their number of events, most first; equals by row."""
+    counts = np.bincount(view.histories.item, minlength=view.space.num_items + 1)[1:]
+    return torch.from_numpy(np.argsort(-counts, kind="stable") + 1)
 
 
 def make_system(config: RunConfig, name: str, space: Space) -> System:

@@ -14,7 +14,7 @@ from shortlist.cascade.attribution import attribute_losses, lost_at
 from shortlist.cascade.cascade import Cascade
 from shortlist.cascade.fitting import fits
 from shortlist.cascade.meter import Meter
-from shortlist.cascade.run import Run
+from shortlist.cascade.run import Run, as_of
 from shortlist.data.batches import Batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int, Requests
@@ -76,7 +76,7 @@ def evaluate_run(
 ) -> RunReport:
     """Pages of the whole cascade on a window's requests, through the same code that serves them; see `evaluate` for the arguments."""
     k = run.config.surface.k if k is None else k
-    account = _Account(run.cascade, k, chain)
+    account = _Account(as_of(run, window), k, chain)
     report = evaluate(
         account,
         run.dataset,
