@@ -82,7 +82,7 @@ def test_time_windows_ask_for_whole_baskets_from_everything_before(seed, repeats
     log = small_log(seed)
     dataset = build_dataset(log, DataConfig(repeats=repeats, target_actions=actions))
     at = seconds_of(log)
-    cuts = [int(at[int(len(at) * (1 - share))]) for share in (0.25, 0.15, 0.10)]
+    cuts = [int(at[int(len(at) * (1 - share))]) for share in (0.40, 0.15, 0.10)]
     for window, low, high in zip(("fit", "valid", "test"), cuts, [*cuts[1:], 10**12]):
         got = asked_in(dataset, getattr(dataset.split, window))
         wanted = lambda baskets, place, low=low, high=high: low <= baskets[place].at < high  # noqa: E731

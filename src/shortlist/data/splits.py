@@ -39,7 +39,7 @@ class DataConfig:
 
     protocol: Protocol = "time"
     """Which events are held out; see `plan_split`."""
-    fit_share: float = 0.10
+    fit_share: float = 0.25
     """Share of the events (of the users for "user") on which later stages are trained."""
     valid_share: float = 0.05
     """Share on which systems are selected."""
