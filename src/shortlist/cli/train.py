@@ -30,29 +30,21 @@ def command(
 
     Example: shortlist train clicks.csv --items products.csv --out runs/shop --set ranking.keep=50
     """
+    from shortlist.api import settle
     from shortlist.cascade.build import train_cascade
     from shortlist.cascade.config import RunConfig
-    from shortlist.cascade.fitting import default_config
-    from shortlist.data.dataset import build_dataset
     from shortlist.evaluation.tables import aligned, losses_text
     from shortlist.store.snapshot import check_writable
 
     check_writable(out)
     say = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
-    run_config = RunConfig.from_toml(config) if config else RunConfig()
-    if settings and not run_config.stages:
-        # Stages are chosen from the log, so settings that speak of them are applied after that choice.
-        sections = [s for s in settings if s.partition(".")[0] in ("data", "surface", "learning", "trainer")]
-        run_config, settings = run_config.override(*sections), [s for s in settings if s not in sections]
-    elif settings:
-        run_config, settings = run_config.override(*settings), None
+    wanted = (
+        RunConfig.from_toml(config) if config else None
+    )  # before the log: a wrong setting should not cost a long read
     events = log.open(default_quarantine=out.with_name(f"{out.name}.quarantine.csv"))
     for line in _reading(log, events):
         say(line)
-    dataset = build_dataset(events, run_config.data_settings)
-    run_config = default_config(dataset, run_config)
-    if settings:
-        run_config = run_config.override(*settings)
+    dataset, run_config = settle(events, wanted, settings or ())
     if print_config:
         typer.echo(run_config.to_toml())
         return

@@ -20,6 +20,7 @@ from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int, Requests
 from shortlist.errors import ConfigError
 from shortlist.evaluation.evaluate import Report, Window, evaluate, pager_of
+from shortlist.metrics import Interval
 from shortlist.models.base import System
 from shortlist.registry import Entry, find
 
@@ -36,6 +37,11 @@ class RunReport:
     """Share of held-out items that each stage let fall, in the order of the stages; "shown" = on the page. Adds up to 1."""
     cost: Mapping[str, Mapping[str, float]]
     """Per stage and request: ms, mflop, received, kept."""
+
+    @property
+    def metrics(self) -> Mapping[str, Interval]:
+        """By name, such as ndcg@10."""
+        return self.report.metrics
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
