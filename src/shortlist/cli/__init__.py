@@ -19,10 +19,20 @@ COMMANDS = {
     "compare": "Put runs and systems into one table with intervals and paired tests.",
     "recommend": "Print the page one user sees, with scores per stage.",
     "serve": "Serve a trained run over HTTP.",
+    "explain": "Say why a person gets each item of their page.",
+    "export": "Write vectors, rankers or pages for other tools.",
+    "tune": "Search settings within a budget, the same for every arm.",
+    "import": "Read what RecBole, Gorse or FuxiCTR use.",
+    "datasets": "List the public data sets, and what is missing of them.",
     "systems": "List the published systems, or describe one.",
     "prove": "Run a claim and record its result, or list the claims.",
+    "bench": "Run a benchmark under the lock, or list them.",
+    "new": "Write the files of a new system: model, test, claim.",
+    "doctor": "Print versions, devices and threads in one paste.",
 }
 """Command names and their line in --help; command NAME is the function `command` in cli/NAME.py, imported when it is called."""
+FILES = {"import": "import_"}
+"""Files of commands whose name is a word of Python."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, which typer turns into a silent exit."""
@@ -56,7 +66,9 @@ def build(called: str | None) -> typer.Typer:
     )
     app.callback()(_root)
     for name, line in COMMANDS.items():
-        function = importlib.import_module(f"shortlist.cli.{name}").command if name == called else _root
+        function = (
+            importlib.import_module(f"shortlist.cli.{FILES.get(name, name)}").command if name == called else _root
+        )
         app.command(name, short_help=line)(function)
     return app
 
