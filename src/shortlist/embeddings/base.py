@@ -24,7 +24,7 @@ class Table(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, ids: Tensor) -> Tensor:
-        """float32 [..., d] for ids [...] int64 in 0..n-1."""
+        """float32 [*, d] for ids [...] int64 in 0..n-1."""
 
     @abstractmethod
     def weight(self) -> Tensor:
@@ -57,7 +57,7 @@ class FullTable(Table):
         nn.init.normal_(self.rows.weight, std=config.init_std)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """float32 [..., d] for ids [...]."""
+        """float32 [*, d] for ids [...]."""
         return self.rows(ids)
 
     def weight(self) -> Tensor:

@@ -105,7 +105,7 @@ class ItemEncoder(nn.Module):
                 self.register_buffer(f"column_of_{f.name}", column, persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """float32 [..., d] for catalogue rows [...] int64."""
+        """float32 [*, d] for catalogue rows [...] int64."""
         flat = rows.reshape(-1)
         ids = flat.masked_fill(~self.known_items[flat], 0)
         vector = self.ids(dropped_ids(ids, self.id_dropout if self.training else 0.0))

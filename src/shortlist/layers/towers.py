@@ -63,7 +63,7 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """float [..., out_width] for x [..., in_width]; each row alone, but for batch statistics in training."""
+        """float [*, out_width] for x [*, in_width]; each row alone, but for batch statistics in training."""
         return self.layers(x)
 
 
@@ -100,7 +100,7 @@ def _norm(name: Norm, width: int) -> list[nn.Module]:
 
 
 class RowNorm(nn.Module):
-    """Batch norm over all leading dimensions of [..., W]; a batch of fewer than two rows uses the running statistics.
+    """Batch norm over all leading dimensions of [*, W]; a batch of fewer than two rows uses the running statistics.
 
     A single row has no variance: PyTorch's own module refuses it, which would stop training at a last batch of one.
     """
@@ -110,7 +110,7 @@ class RowNorm(nn.Module):
         self.norm = nn.BatchNorm1d(width, eps=eps, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised x [..., W], each channel by mean and variance over the rows of the batch (in training)."""
+        """Normalised x [*, W], each channel by mean and variance over the rows of the batch (in training)."""
         x_RW = x.reshape(-1, x.shape[-1])
         if self.training and len(x_RW) < 2:
             n = self.norm
@@ -128,7 +128,7 @@ class PReLU(nn.Module):
         self.slope = nn.Parameter(torch.full((width,), 0.25))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as x [..., W]."""
+        """Same shape as x [*, W]."""
         return torch.where(x > 0, x, self.slope * x)
 
 
@@ -145,6 +145,6 @@ class Dice(nn.Module):
         self.slope = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as x [..., W]."""
+        """Same shape as x [*, W]."""
         gate = torch.sigmoid(self.norm(x))
         return gate * x + (1 - gate) * self.slope * x
