@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from shortlist.data.datasets import load, names
+from shortlist.data.datasets import data_sets, load, names
 from shortlist.data.datasets.builtin import ATTRIBUTION
 from shortlist.data.datasets.s3rec import permuted_ids
 from shortlist.data.log import EventLog
@@ -229,6 +229,11 @@ PUBLISHED = {
     "s3rec-yelp": (316_354, 30_431, 20_033),
     "completejourney": (1_469_307, 2_469, 68_509),
 }
+
+
+def test_stated_counts_are_the_published_ones() -> None:
+    stated = {d.name: (d.num_events, d.num_users, d.num_items) for d in data_sets()}
+    assert stated == {"builtin": (387_841, 4_338, 3_665), **PUBLISHED}
 
 
 @pytest.mark.skipif("SHORTLIST_DATA" not in os.environ, reason="SHORTLIST_DATA names no folder with the public sets")

@@ -9,26 +9,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shortlist.data.datasets._facts import DATA_SETS, DataSet
 from shortlist.errors import DataError
+
+__all__ = ["DataSet", "data_root", "data_sets", "load", "names"]
 
 if TYPE_CHECKING:
     from shortlist.data.log import EventLog
 
-_LOADERS = {
-    "builtin": ("builtin", "load_builtin"),
-    "ml-100k": ("movielens", "load_100k"),
-    "ml-1m": ("movielens", "load_1m"),
-    "ml-latest-small": ("movielens", "load_latest_small"),
-    "s3rec-beauty": ("s3rec", "load_beauty"),
-    "s3rec-toys": ("s3rec", "load_toys"),
-    "s3rec-yelp": ("s3rec", "load_yelp"),
-    "completejourney": ("completejourney", "load_completejourney"),
-}
-
 
 def names() -> tuple[str, ...]:
     """Every name that `load` knows."""
-    return tuple(_LOADERS)
+    return tuple(DATA_SETS)
+
+
+def data_sets() -> tuple[DataSet, ...]:
+    """What is known of every set, without reading one."""
+    return tuple(DATA_SETS.values())
+
+
+def data_root(root: Path | str | None = None) -> Path | None:
+    """The folder of public data: `root`, else the one SHORTLIST_DATA names, else None."""
+    folder = root or os.environ.get("SHORTLIST_DATA") or None
+    return None if folder is None else Path(folder)
 
 
 def load(name: str, root: Path | str | None = None) -> EventLog:
@@ -36,11 +39,11 @@ def load(name: str, root: Path | str | None = None) -> EventLog:
 
     Raises DataError for an unknown name, and for files that are absent, with where to download them.
     """
-    if name not in _LOADERS:
-        near = difflib.get_close_matches(name, _LOADERS, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(_LOADERS)}."
+    if name not in DATA_SETS:
+        near = difflib.get_close_matches(name, DATA_SETS, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(DATA_SETS)}."
         raise DataError(f"no data set is called {name!r}: {hint}")
-    module, function = _LOADERS[name]
-    loader: Callable[[Path | None], EventLog] = getattr(importlib.import_module(f"{__name__}.{module}"), function)
-    folder = root or os.environ.get("SHORTLIST_DATA") or None
-    return loader(None if folder is None else Path(folder))
+    facts = DATA_SETS[name]
+    module = importlib.import_module(f"{__name__}.{facts.module}")
+    loader: Callable[[Path | None], EventLog] = getattr(module, facts.loader)
+    return loader(data_root(root))

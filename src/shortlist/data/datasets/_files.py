@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 
+from shortlist.data.datasets._facts import DATA_SETS
 from shortlist.data.log import EventLog, read
 from shortlist.data.roles import SINGLE_ROLES, Roles
 from shortlist.errors import DataError
 
 
-def find(root: Path | None, name: str, folders: Sequence[str], files: Sequence[str], download: str) -> Path:
-    """The first of `files` that exists in one of `folders` below `root` ("" is root itself).
+def find(root: Path | None, name: str) -> Path:
+    """The file of the set called `name` that is there; see `DataSet.find`.
 
     Raises DataError that says where to download it and where to put it.
     """
-    if root is not None:
-        for folder in folders:
-            for file in files:
-                if (path := root / folder / file).exists():
-                    return path
+    facts = DATA_SETS[name]
+    path = facts.find(root)
+    if path is not None:
+        return path
     where = (
-        "SHORTLIST_DATA is not set" if root is None else f"none of {', '.join(files)} in {root} or {root / folders[0]}"
+        "SHORTLIST_DATA is not set"
+        if root is None
+        else f"none of {', '.join(facts.files)} in {root} or {root / facts.folders[0]}"
     )
-    target = Path("FOLDER" if root is None else root) / folders[0]
+    target = Path("FOLDER" if root is None else root) / facts.folders[0]
     raise DataError(
-        f"{name}: files not found ({where}). Download {download}, put the files into {target}, and set SHORTLIST_DATA={target.parent}."
+        f"{name}: files not found ({where}). Download {facts.download}, "
+        f"put the files into {target}, and set SHORTLIST_DATA={target.parent}."
     )
 
 

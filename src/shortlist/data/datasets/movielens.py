@@ -18,13 +18,12 @@ _GENRES_100K = (
     "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "Film-Noir",
     "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
-_URL = "https://files.grouplens.org/datasets/movielens"
 _NO_GENRES = "(no genres listed)"
 
 
 def load_100k(root: Path | None) -> EventLog:
     """100,000 ratings of 943 users on 1,682 movies, real times; users(user_id, age, gender, occupation, zip_code)."""
-    path = find(root, "ml-100k", ("ml-100k", ""), ("u.data", "inter.parquet"), f"{_URL}/ml-100k.zip")
+    path = find(root, "ml-100k")
     roles = only(user="user_id", item="item_id", timestamp="timestamp", labels=("rating",))
     if path.suffix == ".parquet":
         events, items, users = (
@@ -54,7 +53,7 @@ def load_1m(root: Path | None) -> EventLog:
     times are known for 610,206 events only, and a missing time means a low rating there. So no time is read from it, the order
     is (`time_unit` "order"), and `rating` and `rating_le3` are labels that are null where they are not known.
     """
-    path = find(root, "ml-1m", ("ml-1m", ""), ("ratings.dat", "ml1m_sequences.parquet"), f"{_URL}/ml-1m.zip")
+    path = find(root, "ml-1m")
     if path.suffix == ".parquet":
         events = pl.read_parquet(path).sort("user_id", "pos", maintain_order=True)
         events = events.select("user_id", "pos", "rating", "rating_le3", item_id="movie_id")
@@ -75,8 +74,7 @@ def load_1m(root: Path | None) -> EventLog:
 
 def load_latest_small(root: Path | None) -> EventLog:
     """100,836 ratings (0.5 to 5) of 610 users on 9,724 of 9,742 movies, real times; no users table."""
-    files = ("ratings.csv", "ratings.parquet")
-    path = find(root, "ml-latest-small", ("ml-latest-small", ""), files, f"{_URL}/ml-latest-small.zip")
+    path = find(root, "ml-latest-small")
     movies = load_table(path.with_name(f"movies{path.suffix}")).frame
     items = _titled(_split_genres(movies.rename({"movieId": "item_id"})))
     roles = only(user="userId", item="movieId", timestamp="timestamp", labels=("rating",))

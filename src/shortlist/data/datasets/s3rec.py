@@ -17,22 +17,21 @@ from shortlist.data.datasets._files import find, named, only, read_exactly
 from shortlist.data.log import EventLog
 
 _SEED = 20200818
-_DOWNLOAD = "the folder data/ of https://github.com/RUCAIBox/CIKM2020-S3Rec"
 
 
 def load_beauty(root: Path | None) -> EventLog:
     """198,502 events of 22,363 users on 12,101 items; times are days (release: order only). Events of one day are sorted by product."""
-    return _load(root, "s3rec-beauty", "Beauty", "beauty")
+    return _load(root, "s3rec-beauty")
 
 
 def load_toys(root: Path | None) -> EventLog:
     """167,597 events of 19,412 users on 11,924 items; order only."""
-    return _load(root, "s3rec-toys", "Toys_and_Games", "toys")
+    return _load(root, "s3rec-toys")
 
 
 def load_yelp(root: Path | None) -> EventLog:
     """316,354 events of 30,431 users on 20,033 places, 2019; repeats occur (release: order only)."""
-    return _load(root, "s3rec-yelp", "Yelp", "yelp")
+    return _load(root, "s3rec-yelp")
 
 
 def permuted_ids(num_items: int) -> NDArray[np.int64]:
@@ -41,21 +40,14 @@ def permuted_ids(num_items: int) -> NDArray[np.int64]:
     return np.concatenate([np.zeros(1, dtype=np.int64), shuffled.astype(np.int64)])
 
 
-def _load(root: Path | None, name: str, released: str, short: str) -> EventLog:
-    files = (f"{released}.txt", f"{short}_interactions.parquet")
-    path = find(
-        root,
-        name,
-        ("s3rec", "amazon", ""),
-        files,
-        f"{released}.txt and {released}_item2attributes.json from {_DOWNLOAD}",
-    )
+def _load(root: Path | None, name: str) -> EventLog:
+    path = find(root, name)
     notes = ["item ids were permuted: those of the release follow first appearance."]
     if path.suffix == ".txt":
         events, items = _read_release(path)
     else:
         events = pl.read_parquet(path, columns=["user_id", "item_id", "pos", "timestamp"]).sort("user_id", "pos")
-        items = pl.read_parquet(path.with_name(f"{short}_items.parquet"))
+        items = pl.read_parquet(path.with_name(path.name.replace("_interactions", "_items")))
         items = items.select(column.name for column in items if column.null_count() < items.height)
     num_items = int(max(events["item_id"].max(), items["item_id"].max()))  # type: ignore[type-var, arg-type]
     new = pl.Series(permuted_ids(num_items))
