@@ -25,6 +25,8 @@ from shortlist.models.base import (
     Retriever,
     System,
     VectorRetriever,
+    broken,
+    nearest,
     top_k,
 )
 
@@ -44,23 +46,19 @@ def search(system: System, batch: Batch, k: int, blocked: Blocked) -> Found:
     match system:
         case ItemScorer():
             scores_BN = system.score_all(batch)
-            bad_B = _broken(scores_BN)
+            bad_B = broken(scores_BN)
             best = top_k(_close(scores_BN, blocked), k, batch.excluded)
             return _without(Found(best, lambda rows: scores_BN[rows.row_of_value, rows.values], bad_B))
         case VectorRetriever():
             user_Bd, item_Nd = system.encode_user(batch), system.item_matrix()
-            scores_BN = user_Bd @ item_Nd.T
-            bad_B = _broken(scores_BN)
-            best = top_k(_close(scores_BN, blocked), k, batch.excluded)
+            best, bad_B = nearest(user_Bd, item_Nd, k, batch.excluded, blocked.allowed)
             return _without(
                 Found(best, lambda rows: (user_Bd[rows.row_of_value] * item_Nd[rows.values]).sum(-1), bad_B)
             )
         case Retriever():
             best = system.retrieve(_closed(batch, blocked), k)
             return _without(
-                Found(
-                    best, lambda rows: system.score(batch.with_candidates(rows))[RETRIEVAL_TASK], _broken(best.scores)
-                )
+                Found(best, lambda rows: system.score(batch.with_candidates(rows))[RETRIEVAL_TASK], broken(best.scores))
             )
     raise ConfigError(f"{type(system).__name__} is a {system.kind} and can not search the catalogue")
 
@@ -98,11 +96,6 @@ def _shape(system: System, num_history: float, num_candidates: float, num_items:
         num_candidates=round(num_candidates),
         num_items=num_items,
     )
-
-
-def _broken(scores: Tensor) -> Tensor:
-    """bool [B]: rows with NaN or +inf."""
-    return (torch.isnan(scores) | (scores == torch.inf)).any(1)
 
 
 def _without(found: Found) -> Found:

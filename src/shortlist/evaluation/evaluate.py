@@ -1,7 +1,8 @@
 """Quality of pages on held-out requests: one protocol for single systems and whole cascades.
 
-Every request is answered from the full catalogue, in chunks, so that memory depends neither on the number of requests nor on the
-chunk. R requests, B of a chunk, K page length, T targets of all requests.
+Every request is answered from the full catalogue, in chunks whose score matrices fit memory, so that memory depends neither on the
+number of requests nor, but for the item vectors and counts themselves, on the size of the catalogue. R requests, B of a chunk, K page
+length, T targets of all requests.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shortlist.cascade.lessons import CHUNK as CHUNK
+from shortlist.cascade.lessons import chunks
 from shortlist.data.batches import Batch, request_batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Histories, Int, Requests
@@ -31,7 +34,6 @@ Pager = Callable[[Batch, Requests], Tensor]
 """Gives the page of every request of a batch: int64 rows [B, K], 0 = nothing. The requests carry the targets, for accounts of where they
 were lost; a pager must not look at them to make its page."""
 Window = Literal["fit", "valid", "test"]
-CHUNK = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,13 +143,17 @@ def make_pages(
     repeats: bool,
     max_history: int = 200,
     device: str = "cpu",
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Int:
-    """Pages [R, K] of all requests, in chunks of `chunk` requests; history is excluded where the surface never repeats."""
-    pages = []
+    """Pages [R, K] of all requests; history is excluded where the surface never repeats.
+
+    `chunk` requests are answered at once; None = as many as memory allows for a catalogue of this size.
+    """
+    count, pages = len(requests), []
+    parts = chunks(count, dataset.num_items) if chunk is None else np.array_split(np.arange(count), -(-count // chunk))
     with torch.inference_mode():
-        for start in range(0, len(requests), chunk):
-            part = requests.select(np.arange(start, min(start + chunk, len(requests))))
+        for index in parts:
+            part = requests.select(index)
             batch = request_batch(
                 dataset.histories, dataset.users, part, max_history=max_history, exclude_history=not repeats
             )

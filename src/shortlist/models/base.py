@@ -23,6 +23,8 @@ Losses = dict[str, Tensor]
 Scores = dict[str, Tensor]
 Feed = Literal["next_event", "targets", "candidates"]
 RETRIEVAL_TASK = "score"
+PRODUCTS_AT_ONCE = 1 << 25
+"""Inner products held at once by a search over all items (128 MiB), so that memory grows neither with the catalogue nor the batch."""
 
 
 class Retrieved(NamedTuple):
@@ -191,7 +193,7 @@ class VectorRetriever(System):
     @final
     def retrieve(self, batch: Batch, k: int) -> Retrieved:
         """See Retriever.retrieve; exact search over all items."""
-        return top_k(self.encode_user(batch) @ self.item_matrix().T, k, batch.excluded)
+        return nearest(self.encode_user(batch), self.item_matrix(), k, batch.excluded).best
 
     @final
     def score(self, batch: Batch) -> Scores:
@@ -233,22 +235,71 @@ class Reranker(System):
         """The page: k rows per request in the order shown, from the batch's candidates with scores [total]."""
 
 
-def top_k(scores_BN: Tensor, k: int, excluded: Jagged | None = None) -> Retrieved:
-    """The k best columns per row, without column 0 and the excluded ones; overwrites the scores of those.
+def top_k(scores_BN: Tensor, k: int, excluded: Jagged | None = None, *, first: int = 0) -> Retrieved:
+    """The k best columns per row, without row 0 of the catalogue and the excluded ones; overwrites the scores of those.
 
     Args:
         scores_BN: float [B, n + 1]; -inf and NaN are never returned.
         excluded: catalogue rows per request, or None.
+        first: catalogue row of the first column, where the columns are a part of the catalogue.
     """
     scores_BN.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(scores_BN.dtype).max, neginf=-torch.inf)
-    scores_BN[:, 0] = -torch.inf
+    if first == 0:
+        scores_BN[:, 0] = -torch.inf
     if excluded is not None and len(excluded.values):
-        scores_BN[excluded.row_of_value, excluded.values] = -torch.inf
+        request, column = excluded.row_of_value, excluded.values - first
+        inside = (column >= 0) & (column < scores_BN.shape[1])
+        scores_BN[request[inside], column[inside]] = -torch.inf
     scores, rows = scores_BN.topk(min(k, scores_BN.shape[1]), dim=1)
+    rows += first
     if rows.shape[1] < k:
         missing = k - rows.shape[1]
         rows, scores = nn.functional.pad(rows, (0, missing)), nn.functional.pad(scores, (0, missing), value=-torch.inf)
     return Retrieved(rows.masked_fill(scores == -torch.inf, 0), scores)
+
+
+class Nearest(NamedTuple):
+    """The items with the highest inner products."""
+
+    best: Retrieved
+    bad_B: Tensor
+    """bool [B]: requests with a product that is NaN or +inf."""
+
+
+def nearest(
+    user_Bd: Tensor, item_Nd: Tensor, k: int, excluded: Jagged | None = None, allowed: Tensor | None = None
+) -> Nearest:
+    """Exact search over all items, block by block; never more than PRODUCTS_AT_ONCE products are held.
+
+    Args:
+        user_Bd: float [B, d].
+        item_Nd: float [n + 1, d]; row 0 is never returned.
+        excluded: catalogue rows per request, or None.
+        allowed: bool [n + 1], items that may be found; None = all.
+    """
+    width = max(1, PRODUCTS_AT_ONCE // max(len(user_Bd), 1))
+    best: Retrieved | None = None
+    bad_B = torch.zeros(len(user_Bd), dtype=torch.bool, device=user_Bd.device)
+    for first in range(0, len(item_Nd), width):
+        scores_BW = user_Bd @ item_Nd[first : first + width].T
+        bad_B |= broken(scores_BW)
+        if allowed is not None:
+            scores_BW.masked_fill_(~allowed[first : first + width], -torch.inf)
+        found = top_k(scores_BW, k, excluded, first=first)
+        best = found if best is None else _better(best, found, k)
+    assert best is not None  # a catalogue has row 0 at least
+    return Nearest(best, bad_B)
+
+
+def broken(scores_BN: Tensor) -> Tensor:
+    """bool [B]: rows with NaN or +inf."""
+    return (torch.isnan(scores_BN) | (scores_BN == torch.inf)).any(1)
+
+
+def _better(one: Retrieved, other: Retrieved, k: int) -> Retrieved:
+    """The k best of two lists of different items."""
+    scores, column = torch.cat([one.scores, other.scores], 1).topk(k, dim=1)
+    return Retrieved(torch.cat([one.rows, other.rows], 1).gather(1, column), scores)
 
 
 def top_k_of_candidates(rows: Jagged, scores: Tensor, k: int) -> Retrieved:
