@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from training_toys import chain_view, histories_of, view_of
 
-from shortlist.data.batches import Batch
+from shortlist.data.batches import Batch, Candidates
 from shortlist.data.histories import Requests
 from shortlist.data.jagged import Jagged
 from shortlist.errors import ConfigError, DataError
@@ -53,8 +53,7 @@ def candidates(**options) -> CandidateSource:
         view.histories,
         view.users,
         requests_of(view, [[] for _ in range(NUM_REQUESTS)]),
-        rows,
-        {"echo": rows.values.float()},
+        Candidates(rows=rows, pair={"echo": rows.values.float()}),
         {"click": label, "order": torch.zeros_like(label)},
         batch_size=4,
         max_history=5,
@@ -69,7 +68,6 @@ SOURCES = {
     "targets": lambda **o: targets(max_targets=2, **o),
     "targets-buckets": lambda **o: targets(bucket_by_length=True, **o),
     "candidates": lambda **o: candidates(num_negatives=3, **o),
-    "candidates-buckets": lambda **o: candidates(bucket_by_length=True, **o),
 }
 
 
@@ -255,7 +253,9 @@ def test_candidates_are_checked():
 
     def build(rows=rows, pair=None, labels=None, **options):
         labels = {"click": torch.ones(3)} if labels is None else labels
-        return CandidateSource(view.histories, view.users, requests, rows, pair or {}, labels, **sizes, **options)
+        return CandidateSource(
+            view.histories, view.users, requests, Candidates(rows=rows, pair=pair or {}), labels, **sizes, **options
+        )
 
     build()
     with pytest.raises(DataError, match="1 rows of candidates for 2 requests"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from shortlist.cascade.acting import score
 from shortlist.cascade.candidates import best_first, take
 from shortlist.cascade.cascade import Cascade
-from shortlist.data.batches import Batch, labels_of, request_batch
+from shortlist.data.batches import Batch, Candidates, labels_of, request_batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int, Requests
 from shortlist.data.jagged import Jagged
@@ -175,8 +175,7 @@ def candidate_source(
         dataset.histories,
         dataset.users,
         lessons.requests,
-        lessons.rows,
-        lessons.pair,
+        Candidates(rows=lessons.rows, pair=lessons.pair),
         labels,
         batch_size=batch_size,
         max_history=max_history,

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shortlist.data.batches import Batch, next_event_batch, request_batch, target_candidates
+from shortlist.data.batches import Batch, Candidates, next_event_batch, request_batch, target_candidates
 from shortlist.data.histories import Histories, Int, Requests, View
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import FieldTable
@@ -169,8 +169,7 @@ class CandidateSource:
         histories: events that the requests' `start` and `end` point into.
         users: user fields.
         requests: R past requests.
-        candidates: R rows of catalogue rows, total of them end to end.
-        pair: user-item fields by name, [total, ...] each.
+        candidates: R rows of catalogue rows, total of them end to end, with their pair fields.
         labels: float32 [total] per task. A candidate is positive when any label is above 0.
         batch_size: requests per batch.
         max_history: newest events kept per request.
@@ -179,7 +178,6 @@ class CandidateSource:
         only_chosen: leave out requests without a positive. False where candidates are what was shown, and showing what nobody wants is
             a lesson too.
         seed: of the order and the draws.
-        bucket_by_length: requests with histories of similar length share a batch.
 
     Raises DataError when sizes differ or no request has a positive candidate.
     """
@@ -189,8 +187,7 @@ class CandidateSource:
         histories: Histories,
         users: FieldTable,
         requests: Requests,
-        candidates: Jagged,
-        pair: Mapping[str, Tensor],
+        candidates: Candidates,
         labels: Mapping[str, Tensor],
         *,
         batch_size: int,
@@ -198,24 +195,22 @@ class CandidateSource:
         num_negatives: int | None = None,
         only_chosen: bool = True,
         seed: int = 0,
-        bucket_by_length: bool = False,
     ) -> None:
         _check_sizes(batch_size, max_history)
         if num_negatives is not None and num_negatives < 1:
             raise ConfigError(f"num_negatives must be at least 1, got {num_negatives}; leave it out to keep all")
-        _check_candidates(requests, candidates, pair, labels)
-        self.histories, self.users, self.requests, self.candidates = histories, users, requests, candidates
-        self.pair, self.labels = dict(pair), dict(labels)
+        _check_candidates(requests, candidates, labels)
+        self.histories, self.users, self.requests, self.candidates = histories, users, requests, candidates.rows
+        self.pair, self.labels = dict(candidates.pair), dict(labels)
         self.batch_size, self.max_history, self.num_negatives, self.seed = batch_size, max_history, num_negatives, seed
         self.positive = torch.stack(list(labels.values())).gt(0).any(0)
         counted = self.positive if only_chosen else torch.ones_like(self.positive)
-        self.kept: Int = np.flatnonzero(_count(candidates, counted).numpy())
+        self.kept: Int = np.flatnonzero(_count(candidates.rows, counted).numpy())
         if not self.positive.any():
             raise DataError(
                 f"none of {len(requests):,} requests has a positive candidate: the earlier stages let nothing through that was "
                 "then chosen; let them keep more, or check the labels"
             )
-        self.lengths = _history_lengths(requests, max_history)[self.kept] if bucket_by_length else None
 
     def steps_per_epoch(self) -> int:
         """See BatchSource."""
@@ -223,7 +218,7 @@ class CandidateSource:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """See BatchSource."""
-        order = _epoch_order(len(self.kept), self.batch_size, self.seed, epoch, self.lengths)
+        order = _epoch_order(len(self.kept), self.batch_size, self.seed, epoch, None)
         for step in range(start, self.steps_per_epoch()):
             chosen = self.kept[order[step * self.batch_size : (step + 1) * self.batch_size]]
             index, lengths_B = self._candidates_of(torch.from_numpy(chosen), epoch, step)
@@ -253,16 +248,15 @@ def _check_sizes(batch_size: int, max_history: int) -> None:
         raise ConfigError(f"batch_size and max_history must be at least 1, got {batch_size} and {max_history}")
 
 
-def _check_candidates(
-    requests: Requests, candidates: Jagged, pair: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-) -> None:
-    if candidates.num_rows != len(requests):
-        raise DataError(f"{candidates.num_rows:,} rows of candidates for {len(requests):,} requests; give one row each")
+def _check_candidates(requests: Requests, candidates: Candidates, labels: Mapping[str, Tensor]) -> None:
+    rows = candidates.rows
+    if rows.num_rows != len(requests):
+        raise DataError(f"{rows.num_rows:,} rows of candidates for {len(requests):,} requests; give one row each")
     if not labels:
         raise DataError("candidates to train on need at least one label")
-    for name, column in {**pair, **labels}.items():
-        if len(column) != len(candidates.values):
-            raise DataError(f"column {name!r} has {len(column):,} values for {len(candidates.values):,} candidates")
+    for name, column in {**candidates.pair, **labels}.items():
+        if len(column) != len(rows.values):
+            raise DataError(f"column {name!r} has {len(column):,} values for {len(rows.values):,} candidates")
 
 
 def _history_lengths(requests: Requests, max_history: int) -> Int:
