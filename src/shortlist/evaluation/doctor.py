@@ -57,7 +57,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     own, python, machine = report["shortlist"], report["python"], report["machine"]
     yield f"shortlist {own['version']} ({own['installed_as']}), Python {python['version']}, {python['platform']}"
     yield (
-        f"machine   {machine['cpu']}, {machine['cores']} cores ({machine['usable_cores']} usable), {machine['memory_gib']} GiB memory ({machine['free_memory_gib']} free), "
+        f"machine   {machine['cpu']}, {machine['cores']} cores ({machine['usable_cores']} usable), "
+        f"{machine['memory_gib']} GiB memory ({machine['free_memory_gib']} free), "
         f"{machine['free_disk_gib']} GiB free disk here, {machine['free_temp_gib']} in {machine['temp']}"
     )
     build = report["torch"]
