@@ -155,11 +155,15 @@ def build(entry: Entry, view: View, seed: int = 0) -> System:
 
 
 def train(model: System, view: View, steps: int = 60, lr: float = 0.02) -> list[float]:
-    """Every phase for `steps` full-batch steps of Adam; the summed loss of each step."""
+    """Every phase for `steps` full-batch steps of Adam, or its own learning; the summed loss of each step."""
     curve = []
     for phase in model.phases():
         if phase.before is not None:
             phase.before(view)
+        if phase.learn is not None:
+            model.train()
+            curve.append(float(torch.stack(list(phase.learn([training_batch(phase.feed, view)]).values())).sum()))
+            continue
         parameters = (
             list(phase.parameters()) if phase.parameters else [p for p in model.parameters() if p.requires_grad]
         )

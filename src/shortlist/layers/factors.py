@@ -40,7 +40,7 @@ class Factors(NamedTuple):
     """[N, d]."""
 
 
-def choices(view: View, worth: Callable[[Int], NDArray[np.float64]], user: str) -> Choices:
+def choices(view: View, worth: Callable[[Int], NDArray[Any]], user: str) -> Choices:
     """The matrix of users and items.
 
     Args:

@@ -76,6 +76,9 @@ class Phase:
     """Work between phases on training-time data: frozen auxiliaries, clusterings, ids."""
     epochs: int | None = None
     """Epochs at most; None = as the trainer's settings say."""
+    learn: Callable[[Iterable[Batch]], Losses] | None = None
+    """Learning that is not gradient steps, such as growing trees: called once with one epoch's batches in place of all steps; sets
+    buffers and returns what `losses` would, for the curve. It is done whole: neither max_seconds nor a checkpoint cuts it."""
 
 
 class System(nn.Module, ABC):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -141,8 +141,9 @@ def fit(
 ) -> TrainReport:
     """Train `system` in place and leave it in evaluation mode with its best weights.
 
-    Runs `system.prepare(view)`, then each phase: its `before`, then epochs over its source. Validation, early stopping and the
-    return of the best weights belong to the last phase; earlier ones run all their epochs, since their goal is another one.
+    Runs `system.prepare(view)`, then each phase: its `before`, then epochs over its source, or its own `learn` in their place.
+    Validation, early stopping and the return of the best weights belong to the last phase; earlier ones run all their epochs, since
+    their goal is another one.
 
     Args:
         source_of: gives the batches of a phase. It does not move the random state of training.
@@ -264,7 +265,11 @@ class _Run:
         steps = source.steps_per_epoch()
         if steps < 1:
             raise DataError(f"{self.name}, phase {phase.name!r}: there is no batch to train on; check the log's cuts")
-        epochs = phase.epochs or self.config.epochs
+        if phase.learn is not None:
+            if not self.place.epoch:
+                self._learn(phase, phase.learn, source)
+            return "epochs"
+        epochs = self._epochs(phase)
         with only(self.system, phase) as parameters:
             self.optimisers = build_optimisers(self.system, self.config, parameters)
             for optimiser, state in zip(self.optimisers, self.saved_optimisers):
@@ -279,6 +284,30 @@ class _Run:
                     return "max_seconds"
                 self._end_epoch(phase, save=True)
         return "epochs"
+
+    def _epochs(self, phase: Phase) -> int:
+        """Epochs of a phase at most; a pass that learns in its own way is the only one."""
+        return 1 if phase.learn is not None else phase.epochs or self.config.epochs
+
+    def _learn(self, phase: Phase, learn: Callable[[Iterable[Batch]], Losses], source: BatchSource) -> None:
+        """The phase's own learning in place of gradient steps; counts as one step, and starts anew when interrupted."""
+
+        def handed() -> Iterator[Batch]:
+            for batch in source.batches(0):
+                self._stop_if_asked(phase)
+                yield batch.to(self.device)
+
+        self.shown.begin(phase.name, epochs=1, steps=1, done=0)
+        self.system.train()
+        losses = {task: value.detach() for task, value in learn(handed()).items()}
+        if not losses:
+            raise ConfigError(f"{self.name}, phase {phase.name!r}: learn() gave no loss")
+        self.recent.append({"": self.combine(losses), **losses})
+        self.system.to(self.device)
+        self.place.step += 1
+        self.place.total_steps += 1
+        self._look(phase)
+        self._end_epoch(phase, save=True)
 
     def _run_epoch(self, phase: Phase, source: BatchSource, steps: int, parameters: list[nn.Parameter]) -> bool:
         """Train to the end of the epoch; False when the time budget ended before."""
@@ -369,7 +398,7 @@ class _Run:
         if not save and not place.step and place.curve:
             return  # the budget ended between two epochs: nothing new to judge
         is_last_phase = place.phase == len(self.phases) - 1
-        last_epoch = place.epoch + 1 == (phase.epochs or self.config.epochs)
+        last_epoch = place.epoch + 1 == self._epochs(phase)
         due = (place.epoch + 1) % self.config.validate_every == 0 or last_epoch or not save
         score = self._validate() if self.validate is not None and is_last_phase and due else None
         if score is not None:

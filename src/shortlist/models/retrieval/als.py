@@ -36,9 +36,9 @@ class ALSConfig:
 
     num_factors: int = 64
     """d."""
-    regularisation: float = 1.0
+    regularisation: float = 10.0
     """lambda: larger values trust rare items and short histories less."""
-    alpha: float = 4.0
+    alpha: float = 1.0
     """Confidence that each further group with an item adds to that of an item never chosen, which is 1."""
     iterations: int = 15
     """Each solves all users, then all items."""
