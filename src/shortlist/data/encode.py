@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from shortlist.data.histories import Histories, Int
 from shortlist.data.log import EventLog
+from shortlist.data.sorting import stable_order
 from shortlist.data.vocabulary import Vocabulary
 
 _MS = 1000
@@ -123,15 +124,15 @@ def sort_events(
     if group is None:
         group = _number_pairs(user, time)
     num_groups = int(group.max(initial=-1)) + 1
-    group_time = np.full(num_groups, np.iinfo(np.int64).min, dtype=np.int64)
+    group_time = np.full(num_groups, time.min(initial=0), dtype=np.int64)
     np.maximum.at(group_time, group, time)
     group_user = np.zeros(num_groups, dtype=np.int64)
     group_user[group] = user
-    sorted_groups = np.lexsort((group_time, group_user))
+    sorted_groups = stable_order(group_time, group_user)
     rank = np.empty(num_groups, dtype=np.int64)
     rank[sorted_groups] = np.arange(num_groups)
     number = rank[group]
-    row = np.argsort(number, kind="stable")
+    row = stable_order(number)
     counts = np.bincount(user, minlength=num_users + 1)
     if time_unit is None:
         # Numbers left unused by `group` sort first, as user 0, so they shift nothing.
@@ -159,7 +160,7 @@ def events_of(histories: Histories, users: Int) -> Int:
 
 def _number_pairs(first: Int, second: Int) -> Int:
     """Dense numbers for the distinct pairs, sorted by pair."""
-    order = np.lexsort((second, first))
+    order = stable_order(second, first)
     fresh = np.ones(len(order), dtype=bool)
     fresh[1:] = (first[order][1:] != first[order][:-1]) | (second[order][1:] != second[order][:-1])
     numbers = np.empty(len(order), dtype=np.int64)

@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from shortlist.data.roles import Roles, best_column, flag, guess_roles
+from shortlist.data.sorting import dense_numbers
 from shortlist.data.tables import Table, load_table
 from shortlist.data.times import ParsedTimes, parse_times
 from shortlist.errors import DataError
@@ -165,10 +168,23 @@ def k_core(log: EventLog, k: int) -> EventLog:
 
 def dense_codes(keys: pl.DataFrame) -> pl.Series:
     """Int64 [rows]: equal rows share a number; numbers are dense and follow first appearance."""
-    numbered = keys.with_columns(row_=pl.int_range(pl.len(), dtype=pl.Int64))
-    first = numbered.select(pl.col("row_").min().over(keys.columns)).to_series()
-    starts = first == numbered["row_"]
-    return (starts.cum_sum().cast(pl.Int64) - 1).gather(first).alias("group_id")
+    codes = [code for name in keys.columns for code in _codes(keys[name])]
+    return pl.Series("group_id", dense_numbers(*codes))
+
+
+def _codes(column: pl.Series) -> list[NDArray[np.int64]]:
+    """int64 arrays [rows] that are equal where the values are; missing values equal each other."""
+    dtype = column.dtype
+    if dtype.is_float():
+        # 0.0 and -0.0 are one value, and so are all NaN.
+        number = column.fill_null(0.0).fill_nan(0.0).cast(pl.Float64).to_numpy() + 0.0
+        marks = column.is_nan().fill_null(False).cast(pl.Int64) + 2 * column.is_null().cast(pl.Int64)
+        return [number.view(np.int64), marks.to_numpy()] if marks.max() else [number.view(np.int64)]
+    if not (dtype.is_integer() or dtype.is_temporal()):
+        column = column.cast(pl.String).cast(pl.Categorical)
+    whole = column.to_physical()
+    codes = [whole.fill_null(0).cast(pl.Int64, wrap_numerical=True).to_numpy()]
+    return [*codes, column.is_null().cast(pl.Int64).to_numpy()] if column.null_count() else codes
 
 
 # -- events -------------------------------------------------------------------------------------------------------

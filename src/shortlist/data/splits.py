@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortlist.data.histories import Histories, Int, Requests
+from shortlist.data.sorting import first_of_equal
 from shortlist.errors import ConfigError, DataError
 
 Protocol = Literal["time", "last-group", "user", "leave-last-out-as-published"]
@@ -365,6 +366,7 @@ def _requests(
     if not repeats:
         keep &= first_occurrence(histories)[event] >= np.repeat(start, lengths)
     item, value = histories.item[event[keep]], histories.value[event[keep]].astype(np.float64)
+    # Values are summed in the order of their size, so that the order of the lines does not matter.
     order = np.lexsort((value, item, request[keep]))
     item, value, owner = item[order], value[order], request[keep][order]
     fresh = np.ones(len(item), dtype=bool)
@@ -393,10 +395,7 @@ def _requests(
 
 def first_occurrence(histories: Histories) -> Int:
     """[N]: index of the first event of the same user with the same item."""
-    width = int(histories.item.max(initial=0)) + 1
-    key = histories.user_of_event * width + histories.item
-    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    return first[inverse]
+    return first_of_equal(histories.item, histories.user_of_event)
 
 
 def repeat_share(histories: Histories) -> float:
