@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shortlist.cascade.candidates import Blocked
+from shortlist.cascade.indexing import find_nearest
 from shortlist.data.batches import Batch
 from shortlist.data.jagged import Jagged
 from shortlist.errors import ConfigError
@@ -29,6 +30,7 @@ from shortlist.models.base import (
     nearest,
     top_k,
 )
+from shortlist.store.vector_index import VectorIndex
 
 
 class Found(NamedTuple):
@@ -41,8 +43,8 @@ class Found(NamedTuple):
     """bool [B]: requests for which it gave NaN or infinite scores; their `best` is empty."""
 
 
-def search(system: System, batch: Batch, k: int, blocked: Blocked) -> Found:
-    """The k best permitted items per request by one retriever."""
+def search(system: System, batch: Batch, k: int, blocked: Blocked, index: VectorIndex | None = None) -> Found:
+    """The k best permitted items per request by one retriever; a vector retriever's index stands in for a product with every item."""
     match system:
         case ItemScorer():
             scores_BN = system.score_all(batch)
@@ -51,7 +53,10 @@ def search(system: System, batch: Batch, k: int, blocked: Blocked) -> Found:
             return _without(Found(best, lambda rows: scores_BN[rows.row_of_value, rows.values], bad_B))
         case VectorRetriever():
             user_Bd, item_Nd = system.encode_user(batch), system.item_matrix()
-            best, bad_B = nearest(user_Bd, item_Nd, k, batch.excluded, blocked.allowed)
+            if index is None:
+                best, bad_B = nearest(user_Bd, item_Nd, k, batch.excluded, blocked.allowed)
+            else:
+                best, bad_B = find_nearest(index, user_Bd, item_Nd, k, blocked)
             return _without(
                 Found(best, lambda rows: (user_Bd[rows.row_of_value] * item_Nd[rows.values]).sum(-1), bad_B)
             )
@@ -72,14 +77,17 @@ def score(system: System, batch: Batch) -> Tensor:
     raise ConfigError(f"{type(system).__name__} is a {system.kind} and does not score candidates")
 
 
-def search_flops(system: System, num_history: float, num_candidates: float, num_items: int) -> float:
+def search_flops(
+    system: System, num_history: float, num_candidates: float, num_items: int, index: VectorIndex | None = None
+) -> float:
     """FLOPs per request of `search` and of scoring what all retrievers found together."""
     cost = system.cost(_shape(system, num_history, num_candidates, num_items))
     match system:
         case ItemScorer():
             return cost.flops(num_items)
         case VectorRetriever():
-            return cost.flops(num_items) + cost.item_flops * num_candidates
+            num_searched = num_items if index is None else index.num_scored
+            return cost.user_flops + cost.item_flops * (num_searched + num_candidates)
     return 2 * cost.user_flops + cost.item_flops * num_candidates  # asked twice: to find and to score
 
 

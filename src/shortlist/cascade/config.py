@@ -4,6 +4,7 @@
     [surface]                     what a page is
     [learning]                    how later stages learn from what earlier ones let through
     [trainer]                     defaults of the trainer; [trainer.NAME] for one system
+    [index]                       how vector retrievers search the catalogue; [index.NAME] for one system
     [stages.retrieval]            stages in the order in which they act; systems, keep, and further actions under `offers`
     [systems.NAME]                settings of one system; `system = "din"` gives a second instance another name
 
@@ -19,12 +20,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from shortlist.cascade.settings import Plain, build, nearest, parse_value, plain, refuse_unknown, toml
 from shortlist.data.splits import DataConfig
 from shortlist.errors import ConfigError
+from shortlist.models.base import VectorRetriever
 from shortlist.registry import Entry, find
+from shortlist.store.vector_index import IndexConfig
 from shortlist.training.config import TrainerConfig
 
 
@@ -133,6 +136,10 @@ class RunConfig:
     """Of every system that is trained by gradient."""
     trainers: Mapping[str, Plain] = field(default_factory=dict)
     """What is different for one system: setting by name."""
+    index: IndexConfig = field(default_factory=IndexConfig)
+    """How vector retrievers of the first stage search the catalogue."""
+    indexes: Mapping[str, Plain] = field(default_factory=dict)
+    """What is different for one of them: setting by name."""
     stages: tuple[Stage, ...] = ()
     systems: Mapping[str, SystemChoice] = field(default_factory=dict)
     """Every system of the stages by its name in this run."""
@@ -160,13 +167,16 @@ class RunConfig:
         refuse_unknown(table, SECTIONS, "run")
         stages = tuple(_stage(name, values) for name, values in _table(table, "stages").items())
         systems = _systems(stages, _table(table, "systems"))
-        trainer, trainers = _trainers(_table(table, "trainer"), systems)
+        trainer, trainers = _shared_and_own(TrainerConfig, _table(table, "trainer"), "trainer", systems)
+        index, indexes = _shared_and_own(IndexConfig, _table(table, "index"), "index", systems)
         config = cls(
             data=build(DataConfig, _table(table, "data"), "data"),
             surface=build(Surface, _table(table, "surface"), "surface"),
             learning=build(Learning, _table(table, "learning"), "learning"),
             trainer=trainer,
             trainers=trainers,
+            index=index,
+            indexes=indexes,
             stages=stages,
             systems=MappingProxyType(systems),
         )
@@ -180,6 +190,7 @@ class RunConfig:
             "surface": plain(self.surface),
             "learning": plain(self.learning),
             "trainer": {**plain(self.trainer), **{name: dict(values) for name, values in self.trainers.items()}},
+            "index": {**plain(self.index), **{name: dict(values) for name, values in self.indexes.items()}},
             "stages": {stage.name: _stage_table(stage) for stage in self.stages},
             "systems": {name: {"system": c.system, **plain(c.settings)} for name, c in self.systems.items()},
         }
@@ -204,7 +215,8 @@ class RunConfig:
             self._assign(table, [part.strip() for part in path.split(".")], parse_value(text.strip()))
         used = {name for stage in table["stages"].values() for name in _names_in(stage)}
         table["systems"] = {name: values for name, values in table["systems"].items() if name in used}
-        table["trainer"] = {n: v for n, v in table["trainer"].items() if not isinstance(v, Mapping) or n in used}
+        for section in ("trainer", "index"):
+            table[section] = {n: v for n, v in table[section].items() if not isinstance(v, Mapping) or n in used}
         return RunConfig.from_table(table)
 
     def _assign(self, table: dict[str, Any], path: list[str], value: Any) -> None:
@@ -256,13 +268,18 @@ class RunConfig:
         """Trainer settings of one system."""
         return build(TrainerConfig, {**plain(self.trainer), **self.trainers.get(name, {})}, f"trainer.{name}")
 
+    def index_of(self, name: str) -> IndexConfig:
+        """Index settings of one vector retriever."""
+        return build(IndexConfig, {**plain(self.index), **self.indexes.get(name, {})}, f"index.{name}")
+
     @property
     def data_settings(self) -> DataConfig:
         """What to build the dataset with: `data`, and the surface's word on repeats where it has one."""
         return self.data if self.surface.repeats == "auto" else replace(self.data, repeats=self.surface.repeats)
 
 
-SECTIONS = ("data", "surface", "learning", "trainer", "stages", "systems")
+T = TypeVar("T")
+SECTIONS = ("data", "surface", "learning", "trainer", "index", "stages", "systems")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -316,16 +333,17 @@ def _systems(stages: tuple[Stage, ...], tables: Plain) -> dict[str, SystemChoice
     return chosen
 
 
-def _trainers(table: Plain, systems: Plain) -> tuple[TrainerConfig, dict[str, Plain]]:
+def _shared_and_own(cls: type[T], table: Plain, section: str, systems: Plain) -> tuple[T, dict[str, Plain]]:
+    """Settings of a section that hold for all systems, and by name what is different for one of them."""
     own = {name: values for name, values in table.items() if isinstance(values, Mapping)}
     shared = {name: values for name, values in table.items() if name not in own}
     for name in own:
         if name not in systems:
-            raise ConfigError(f"[trainer.{name}] is set, but no stage uses {name!r}: {nearest(name, systems)}")
-    trainer = build(TrainerConfig, shared, "trainer")
+            raise ConfigError(f"[{section}.{name}] is set, but no stage uses {name!r}: {nearest(name, systems)}")
+    settings = build(cls, shared, section)
     for name, values in own.items():
-        build(TrainerConfig, {**plain(trainer), **values}, f"trainer.{name}")
-    return trainer, own
+        build(cls, {**plain(settings), **values}, f"{section}.{name}")
+    return settings, own
 
 
 def _check(config: RunConfig) -> None:
@@ -335,6 +353,11 @@ def _check(config: RunConfig) -> None:
             raise ConfigError(f"stage {stage.name!r} has the name of a section or of a system; give it another")
         for number, action in enumerate(stage.actions):
             _check_action(config, stage, number, action)
+    for name in config.indexes:
+        if name not in config.stages[0].systems or not issubclass(config.systems[name].entry.cls, VectorRetriever):
+            raise ConfigError(
+                f"[index.{name}] is set, but {name!r} is no vector retriever of the first stage and searches no vectors"
+            )
     for name in set(config.systems) & set(SECTIONS):
         raise ConfigError(
             f"system {name!r} has the name of a section; give it another with [systems.OTHER] system = {name!r}"
