@@ -561,3 +561,100 @@ def test_additions_have_one_order_with_two_threads():
         first = backward()
         assert all(torch.equal(first, backward()) for _ in range(10))
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+# --- phases that learn in their own way ---
+
+
+class Counted(Toy):
+    """Its map is set from counts of the batches it is handed, then the table is trained as usual."""
+
+    handed = 0
+    press_at = 0
+
+    def phases(self):
+        return (
+            Phase(name="counts", feed="next_event", losses=self.losses, learn=self.learn),
+            Phase(name="table", feed="next_event", losses=self.losses, parameters=self.table.parameters, epochs=2),
+        )
+
+    def learn(self, batches):
+        counts = torch.zeros(self.space.num_items + 1)
+        for batch in batches:
+            self.handed += 1
+            if self.handed == self.press_at:
+                signal.raise_signal(signal.SIGINT)
+            counts += torch.bincount(batch.targets.items.values, minlength=len(counts))
+        self.buffer("seen", counts)
+        return {"left": torch.tensor(3.0), "other": torch.tensor(0.5)}
+
+
+class OnlyCounts(Counted):
+    def phases(self):
+        return super().phases()[:1]
+
+
+def test_a_phase_that_learns_gets_one_epoch_of_batches_in_place_of_steps():
+    toy, view = make(OnlyCounts)
+    report = train(toy, view, CONFIG, validate=lambda system: float(system.seen.sum()))
+    source = NextEventSource(view, batch_size=16, max_history=6, seed=5, random_window=True)
+    batches = list(source.batches(0))
+    assert toy.handed == len(batches) == source.steps_per_epoch() > 1
+    expected = sum(torch.bincount(batch.targets.items.values, minlength=12) for batch in batches)
+    assert torch.equal(toy.seen, expected.float())
+    (point,) = report.curve
+    assert (point.loss, point.losses, point.steps) == (3.5, {"left": 3.0, "other": 0.5}, 1)
+    assert (report.best_epoch, report.best_score, report.stopped) == (1, float(expected.sum()), "epochs")
+    assert not toy.training
+
+
+def test_a_later_phase_goes_on_from_what_was_learned_and_nothing_is_learned_twice(tmp_path):
+    whole, view = make(Counted)
+    report = train(whole, view, CONFIG)
+    assert (report.phases, report.epochs) == (("counts", "table"), 3)
+    half, _ = make(Counted)
+    presses = iter([signal.raise_signal])
+
+    def pressed_once(system):
+        for press in presses:
+            press(signal.SIGINT)
+        return 0.0
+
+    with pytest.raises(TrainingInterrupted):
+        train(half, view, CONFIG, validate=pressed_once, folder=tmp_path)
+    resumed, _ = make(Counted)
+    train(resumed, view, CONFIG, validate=lambda system: 0.0, folder=tmp_path)
+    assert resumed.handed == 0
+    assert torch.equal(resumed.seen, whole.seen)
+
+
+def test_ctrl_c_while_learning_starts_the_pass_anew(tmp_path):
+    whole, view = make(OnlyCounts)
+    train(whole, view, CONFIG)
+    toy, _ = make(OnlyCounts)
+    toy.press_at = 2
+    with pytest.raises(TrainingInterrupted, match="saved in"):
+        train(toy, view, CONFIG, folder=tmp_path)
+    assert "seen" not in toy.state_dict()
+    again, _ = make(OnlyCounts)
+    report = train(again, view, CONFIG, folder=tmp_path)
+    assert again.handed == whole.handed
+    assert report.steps == 1
+    assert_same_weights(again, whole)
+
+
+def test_a_phase_that_learns_no_number_or_nothing_is_refused():
+    class Broken(OnlyCounts):
+        def learn(self, batches):
+            return {"left": torch.tensor(math.nan)}
+
+    class Silent(OnlyCounts):
+        def learn(self, batches):
+            return {}
+
+    toy, view = make(Broken)
+    with pytest.raises(Diverged, match="loss became nan"):
+        train(toy, view, CONFIG)
+    toy, view = make(Silent)
+    with pytest.raises(ConfigError, match=r"learn\(\) gave no loss"):
+        train(toy, view, CONFIG)
