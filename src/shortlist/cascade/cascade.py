@@ -41,6 +41,7 @@ from shortlist.data.pairs import PAIR_FIELDS, pair_fields
 from shortlist.data.schema import Numeric, Space
 from shortlist.errors import ConfigError
 from shortlist.models.base import Ranker, Reranker, Retrieved, System
+from shortlist.store.vector_index import VectorIndex
 
 PAIR_HISTORY = 500
 """Events at least that pair fields look back on."""
@@ -76,6 +77,8 @@ class StageTrace:
     flops: float
     """Per request, mean of the batch."""
     problems: tuple[Problem, ...] = ()
+    found: Mapping[str, Retrieved] = field(default_factory=dict)
+    """Of a search: each system's own list [B, K], before the lists were merged."""
 
     def degraded(self, request: int) -> str | None:
         """What went wrong for a request of the batch; None when nothing did."""
@@ -131,6 +134,8 @@ class _Funnel:
     """Pair fields so far, [total] each."""
     raw: dict[str, Tensor] = field(default_factory=dict)
     """Scores by system, [total] each."""
+    found: dict[str, Retrieved] = field(default_factory=dict)
+    """Lists of the search by system."""
 
     def cut(self, index: Tensor, scores: Tensor) -> None:
         """Keep the candidates at `index`, which runs request by request, ordered by `scores` [total before]."""
@@ -161,6 +166,8 @@ class Cascade:
         systems: by the names of the config, on `device`; they are put into evaluation mode.
         popular: int64 [n] all catalogue rows, best first: what fills a page when nothing else can. None = catalogue order.
         device: where batches are moved.
+        indexes: of vector retrievers of the first stage, by their names; not used where `device` is no CPU, since there a product with
+            every item is fast.
         partial: systems of later stages may still be missing; only `until` can be asked then. For training stage by stage.
     """
 
@@ -172,13 +179,14 @@ class Cascade:
         *,
         popular: Tensor | None = None,
         device: torch.device | str = "cpu",
+        indexes: Mapping[str, VectorIndex] | None = None,
         partial: bool = False,
     ) -> None:
         missing = [name for stage in config.stages for name in stage.systems if name not in systems]
         if not config.stages or (missing and not partial):
             raise ConfigError(f"the cascade lacks {'system ' + repr(missing[0]) if missing else 'stages'}")
         self.config, self.space, self.systems = config, space, dict(systems)
-        self.device = torch.device(device)
+        self.device, self.indexes = torch.device(device), dict(indexes or {})
         rows = torch.arange(1, space.num_items + 1) if popular is None else popular
         self.popular = rows.to(self.device)
         for system in self.systems.values():
@@ -274,18 +282,22 @@ class Cascade:
             spent_ms=(time.perf_counter() - began) * 1e3,
             flops=watch.flops,
             problems=tuple(watch.problems),
+            found=funnel.found if number == 0 else {},
         )
 
     def _retrieve(self, funnel: _Funnel, action: Action, keep: int, watch: Watch) -> None:
         """Search with every system, merge, and let every system score all that was found."""
         searches = {}
+        indexes = self.indexes if self.device.type == "cpu" else {}
         for name in action.systems:
-            found = watch.attempt(name, partial(search, self.systems[name], funnel.batch, keep, funnel.blocked))
+            index = indexes.get(name)
+            found = watch.attempt(name, partial(search, self.systems[name], funnel.batch, keep, funnel.blocked, index))
             if found is not None:
                 searches[name] = found
                 watch.note_bad(name, found.bad_B)
+        funnel.found = {name: found.best for name, found in searches.items()}
         if searches:
-            rows, scores = merge([found.best for found in searches.values()], keep)
+            rows, scores = merge(list(funnel.found.values()), keep)
             fine = funnel.blocked.permits(rows.row_of_value, rows.values)
             funnel.rows, funnel.scores = take(rows, fine.nonzero()[:, 0]), scores[fine]
         else:
@@ -296,7 +308,7 @@ class Cascade:
             given = watch.attempt(name, partial(found.score, funnel.rows))
             if given is not None:
                 raw[name], _ = finite(funnel.rows, given)
-            watch.flops += search_flops(self.systems[name], *self._sizes(funnel))
+            watch.flops += search_flops(self.systems[name], *self._sizes(funnel), indexes.get(name))
         funnel.note(raw)
 
     def _receive(self, funnel: _Funnel, action: Action, given: Jagged, watch: Watch) -> None:

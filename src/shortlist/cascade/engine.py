@@ -95,6 +95,19 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Traced:
+    """One question, what was known of it, and how its page came about."""
+
+    live: Live
+    user: Id | None
+    batch: Batch | None
+    """The request as the cascade got it, on the CPU; None where not even the user's past could be read."""
+    page: Page
+    problems: tuple[str, ...]
+    """What went wrong outside the stages."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Asked:
     """B checked questions that share everything but the user."""
 
@@ -221,6 +234,21 @@ class Engine:
         asked = self._check(live, user, k, history, context, candidates, rules, allow, deny, at)
         return self._answer(live, asked, began, log=True)[0]
 
+    def traced(
+        self,
+        user: Id | None,
+        k: int | None = None,
+        *,
+        history: Sequence[Id | tuple[Id, float] | PastEvent] | None = None,
+    ) -> Traced:
+        """The page that `recommend` gives to the same question, with what every stage did. Not logged, not metered."""
+        live = self._live
+        asked = self._check(live, user, k, history, None, None, None, None, (), None)
+        problems: list[str] = []
+        known = self._known(live, asked, problems)
+        page = self._page(live, asked, known, _rulings(live, asked, known)[0].allowed, problems)
+        return Traced(live=live, user=user, batch=known.batch, page=page, problems=tuple(problems))
+
     def recommend_many(self, users: Sequence[Id | None], k: int | None = None) -> list[Answer]:
         """Pages for many users, `config.batch_size` at a time; not written to the request log."""
         live = self._live
@@ -342,20 +370,7 @@ class Engine:
         problems: list[str] = []
         known = self._known(live, asked, problems)
         rulings = _rulings(live, asked, known)
-        page = None
-        if known.batch is not None:
-            try:
-                page = live.cascade.run(
-                    known.batch,
-                    k=asked.k,
-                    candidates=None if asked.candidates is None else Jagged.from_rows([asked.candidates.tolist()]),
-                    allowed=rulings[0].allowed,
-                    deadline_ms=self.config.deadline_ms,
-                )
-            except Exception as error:  # a request always gets a page
-                problems.append(_reason("the cascade failed", error))
-        if page is None:
-            page = _popular_page(live, asked, known, rulings[0].allowed)
+        page = self._page(live, asked, known, rulings[0].allowed, problems)
         self.meter.add(page.chain, page.reports)
         told = Circumstances(
             users=asked.users,
@@ -370,6 +385,21 @@ class Engine:
         if log and self.request_log is not None:
             self.request_log.add(logged(page, answers[0], asked.k), live.ids)
         return answers
+
+    def _page(self, live: Live, asked: _Asked, known: _Known, allowed: Tensor | None, problems: list[str]) -> Page:
+        """What the cascade makes of it, or the last resort."""
+        if known.batch is not None:
+            try:
+                return live.cascade.run(
+                    known.batch,
+                    k=asked.k,
+                    candidates=None if asked.candidates is None else Jagged.from_rows([asked.candidates.tolist()]),
+                    allowed=allowed,
+                    deadline_ms=self.config.deadline_ms,
+                )
+            except Exception as error:  # a request always gets a page
+                problems.append(_reason("the cascade failed", error))
+        return _popular_page(live, asked, known, allowed)
 
     def _known(self, live: Live, asked: _Asked, problems: list[str]) -> _Known:
         """The batch, from all that is known of the users."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
+    from shortlist.cascade.engine import Engine
     from shortlist.data.log import EventLog
     from shortlist.data.roles import Roles
 
@@ -98,6 +100,25 @@ class LogOptions:
             quarantine=self.quarantine or default_quarantine,
             max_bad_share=self.max_bad_share,
         )
+
+
+def called_as() -> str:
+    """The command line that is running, as it could be typed again."""
+    from shortlist.cli import ARGUMENTS
+
+    return shlex.join(["shortlist", *ARGUMENTS.get()])
+
+
+def open_engine(run: Path, events: Path | None) -> Engine:
+    """The run, with the events of the file given, else of the one that a server keeps beside the run, if any."""
+    from shortlist.cascade.engine import Engine
+    from shortlist.errors import DataError
+
+    if events is not None and not events.exists():
+        raise DataError(f"{events}: no such file; give the event store that the server writes, or leave --events out")
+    folder = run.absolute()
+    beside = folder.with_name(f"{folder.name}.events.db")
+    return Engine.load(folder, events=events or (beside if beside.exists() else None))
 
 
 def with_log(function: Callable[..., None]) -> Callable[..., None]:

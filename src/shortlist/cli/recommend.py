@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shortlist.cli._options import open_engine
+
 if TYPE_CHECKING:
     from shortlist.cascade.answers import Answer
     from shortlist.cascade.engine import Seen
@@ -32,15 +34,10 @@ def command(
 
     Example: shortlist recommend RUN --user 12748 --k 10
     """
-    from shortlist.cascade.engine import Engine, Seen
-    from shortlist.errors import DataError
+    from shortlist.cascade.engine import Seen
 
-    if events is not None and not events.exists():
-        raise DataError(f"{events}: no such file; give the event store that the server writes, or leave --events out")
     sent = None if history is None else [item.strip() for item in history.split(",") if item.strip()]
-    folder = run.absolute()
-    beside = folder.with_name(f"{folder.name}.events.db")
-    with Engine.load(folder, events=events or (beside if beside.exists() else None)) as engine:
+    with open_engine(run, events) as engine:
         answer = engine.recommend(user, k, history=sent)
         if sent is None:
             past = [] if user is None else engine.history(user, 10)
