@@ -70,9 +70,9 @@ def encode_events(
     """
     events = log.events
     num_events = events.height
-    group = np.arange(num_events) if single else events["group_id"].to_numpy().astype(np.int64)
+    group = np.arange(num_events) if single else events["group_id"].to_numpy()
     if log.has_time:
-        time = events["timestamp"].dt.timestamp("ms").to_numpy().astype(np.int64)
+        time = events["timestamp"].dt.timestamp("ms").to_numpy()
     elif single:
         time = np.zeros(num_events, dtype=np.int64)
     else:
@@ -134,19 +134,20 @@ def sort_events(
     number = rank[group]
     row = stable_order(number)
     counts = np.bincount(user, minlength=num_users + 1)
+    ordered = np.repeat(np.arange(num_groups), np.bincount(number, minlength=num_groups))
     if time_unit is None:
         # Numbers left unused by `group` sort first, as user 0, so they shift nothing.
-        first_of_user = np.searchsorted(group_user[sorted_groups], np.arange(num_users + 1))
-        seconds = number - first_of_user[user]
+        user_of_group = group_user[sorted_groups]
+        place = np.arange(num_groups) - np.searchsorted(user_of_group, user_of_group)
     else:
-        seconds = group_time[group] // time_unit
+        place = group_time[sorted_groups] // time_unit
     histories = Histories(
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         item=item[row],
-        time=seconds[row],
-        group=number[row],
-        action=np.ones(len(row), dtype=np.int64) if action is None else action[row].astype(np.int64),
-        value=np.ones(len(row), dtype=np.float32) if value is None else value[row].astype(np.float32),
+        time=place[ordered],
+        group=ordered,
+        action=np.ones(len(row), dtype=np.int64) if action is None else action[row].astype(np.int64, copy=False),
+        value=np.ones(len(row), dtype=np.float32) if value is None else value[row].astype(np.float32, copy=False),
     )
     return histories, row
 

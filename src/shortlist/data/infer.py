@@ -88,8 +88,8 @@ def infer_schema(
             column_of(log.events, name, row) for name in open_columns
         ),
     )
-    known_items = items[np.unique(past.item) - 1]
-    known_users = users[np.unique(past.user_of_event) - 1]
+    known_items = items[np.flatnonzero(np.bincount(past.item)) - 1]
+    known_users = users[np.flatnonzero(np.diff(past.offsets)) - 1]
     known_context = pl.DataFrame({name: column_of(log.events, name, row) for name in context})
     item_fields, unused_i = fit_fields(known_items, "item", items.columns[1:])
     user_fields, unused_u = fit_fields(known_users, "user", users.columns[1:])
