@@ -129,11 +129,26 @@ def test_measured_recall_is_what_comparing_by_hand_gives(vectors, indexes, kind)
     order = order_by_hand(user, item)
     excluded = Jagged.from_rows([row[: r % 7].tolist() for r, row in enumerate(order)])
     asked = [(user[a:b], Blocked(N, excluded.select(torch.arange(a, b)))) for a, b in ((0, 10), (10, B))]
-    measured = recall_of(indexes[kind], item, asked, K)
+    measured, exact_share = recall_of(indexes[kind], item, asked, K)
+    assert exact_share == 0
     found, _ = find_nearest(indexes[kind], user, item, K, Blocked(N, excluded))
     truth = np.array([row[r % 7 : r % 7 + K] for r, row in enumerate(order)])
     assert measured == pytest.approx(np.mean(shares(found.rows, truth)))
     assert measured == 1.0 if kind == "flat" else 0.5 < measured < 1.0
+
+
+def test_an_index_gets_no_credit_for_what_an_exact_search_finds(vectors):
+    user, item = vectors
+    tiny_lists = VectorIndex.build("ivf", item, IndexConfig(lists=1500, effort=1), num_threads=1)
+    order = order_by_hand(user, item)
+    found, exact_share = recall_of(tiny_lists, item, [(user, Blocked(N))], K)
+    assert exact_share == 1.0  # one list of about two items leaves every request short,
+    assert np.array_equal(
+        find_nearest(tiny_lists, user, item, K, Blocked(N)).best.rows.numpy(), order[:, :K]
+    )  # but not the page
+    alone = tiny_lists.search(user, K).rows
+    assert found == pytest.approx(np.mean(shares(alone, order[:, :K])))
+    assert found < 0.5
 
 
 def test_indexes_in_a_folder_and_back(vectors, indexes, tmp_path):
