@@ -15,7 +15,7 @@ CLAIM = replace(
     name="sasrec_losses_ml1m",
     data="MovieLens-1M (6,040 users, 3,416 items), users and items with at least 5 events; order exact, times not used",
     protocol=ladder.CLAIM.protocol
-    + " Histories of 100 events and at most 90 epochs, so that one seed fits two cores; the published runs "
+    + " Histories of 100 events and at most 30 epochs, so that one seed fits two cores; the published runs "
     "read 200 events and trained longer.",
     bar=f"NDCG@10 of full softmax, sampled softmax and gBCE is at least {ladder.FACTOR} x that of BCE with one negative, full softmax "
     f"reaches {ladder.FULL_SOFTMAX_FLOOR} and BCE lies within {ladder.BCE_RANGE[0]} to {ladder.BCE_RANGE[1]}.",
@@ -32,8 +32,8 @@ SETTING = ladder.Setting(
     data="ml-1m",
     seeds=(0,),
     batch_size=128,
-    epochs=90,
-    patience=5,
+    epochs=30,
+    patience=4,
     validate_every=2,
     max_history=100,
     losses=tuple(ladder.LADDER),

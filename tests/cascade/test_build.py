@@ -423,3 +423,10 @@ def test_chunks_cover_all_requests_and_shrink_with_the_catalogue():
     assert np.concatenate(list(chunks(1000, 10))).tolist() == list(range(1000))
     assert max(len(c) for c in chunks(100, 10_000_000)) == 3
     assert len(next(iter(chunks(5, 10**9)))) == 1
+
+
+def test_a_trainer_setting_that_was_asked_for_reaches_the_chosen_systems():
+    dataset = build_dataset(read(shop_log(planted_histories(30))))
+    asked = default_config(dataset, RunConfig().override("trainer.epochs=1"))
+    assert {asked.trainer_of(name).epochs for name in asked.systems} == {1}
+    assert {default_config(dataset).trainer_of(name).epochs for name in ("light",)} != {1}

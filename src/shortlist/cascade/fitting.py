@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from shortlist.data.dataset import Dataset
 from shortlist.data.schema import Image, Text
 from shortlist.errors import ConfigError
 from shortlist.registry import Entry, Need, find, systems
+from shortlist.training.config import TrainerConfig
 
 MISSING: Mapping[Need, str] = {
     "order": "the log has no times, so nobody knows what came first",
@@ -78,6 +80,8 @@ def default_config(dataset: Dataset, base: RunConfig | None = None) -> RunConfig
         return base
     table = base.to_table()
     stages, settings, trainers = _choose(dataset, base.surface.k)
+    asked = {f.name for f in fields(TrainerConfig) if getattr(base.trainer, f.name) != f.default}
+    trainers = {name: {k: v for k, v in of.items() if k not in asked} for name, of in trainers.items()}
     table |= {"stages": stages, "systems": settings}
     table["trainer"] |= trainers
     return RunConfig.from_table(table)
