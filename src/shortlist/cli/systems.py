@@ -14,6 +14,9 @@ def command(
     stage: Annotated[str | None, typer.Option(help="Only systems of this stage, such as retrieval or ranking.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the docs' table.")] = False,
+    pages: Annotated[
+        Path | None, typer.Option(help="Write the docs' pages of systems and the API reference under this folder.")
+    ] = None,
     evidence: Annotated[
         Path | None, typer.Option(help="Folder of claims; default: evidence/ where there is one.")
     ] = None,
@@ -27,6 +30,11 @@ def command(
     from shortlist.evaluation.systems_table import describe, markdown_table, rows, text_table
     from shortlist.registry import find, systems
 
+    if pages is not None:
+        from shortlist.evaluation.pages import write
+
+        typer.echo(f"wrote {len(write(pages))} pages under {pages}")
+        return
     folder = evidence_folder(evidence) if evidence else Path("evidence")
     if name is not None:
         described = describe(find(name))

@@ -386,29 +386,33 @@ def results_page(folder: Path) -> str:
         "",
     ]
     for result in results(folder):
-        lines += [f"## {result['name']}: {result['verdict']}", "", result["claim"], ""]
-        metrics = list(dict.fromkeys(m for arm in result["arms"] for m in arm["metrics"]))
-        lines += ["| arm | " + " | ".join(metrics) + " | seeds | seconds |", "|---" * (len(metrics) + 3) + "|"]
-        for arm in result["arms"]:
-            cells = [_cell(arm["metrics"].get(metric)) for metric in metrics]
-            seeds = max((m["seeds"] for m in arm["metrics"].values()), default=0)
-            lines.append(
-                f"| {arm['name']} | " + " | ".join(cells) + f" | {seeds} | {arm['cost'].get('seconds', 0):.0f} |"
-            )
-        for name, figure in result["published"].items():
-            shown = ", ".join(f"{k} {v}" for k, v in figure.items()) if isinstance(figure, dict) else figure
-            lines.append(f"| *published: {name}* | {shown} " + "| " * (len(metrics) + 1) + "|")
-        where = result["hardware"]
-        lines += [
-            "",
-            f"Bar: {result['bar']} **{result['verdict'].capitalize()}**: {result['reason']}",
-            "",
-            f"Data: {result['data']}. Protocol: {result['protocol']}. ",
-            f"`shortlist prove {result['name']}`, {result['seconds'] / 60:.0f} min on "
-            f"{where['cores']} cores ({where['cpu']}, {where['device']}), {result['date']}, commit {result['commit'][:9]}.",
-            "",
-        ]
+        lines += results_section(result)
     return "\n".join(lines)
+
+
+def results_section(result: Mapping[str, Any], *, level: int = 2) -> list[str]:
+    """Lines of Markdown of one result, under a heading of that level."""
+    lines = [f"{'#' * level} {result['name']}: {result['verdict']}", "", result["claim"], ""]
+    metrics = list(dict.fromkeys(m for arm in result["arms"] for m in arm["metrics"]))
+    lines += ["| arm | " + " | ".join(metrics) + " | seeds | seconds |", "|---" * (len(metrics) + 3) + "|"]
+    for arm in result["arms"]:
+        cells = [_cell(arm["metrics"].get(metric)) for metric in metrics]
+        seeds = max((m["seeds"] for m in arm["metrics"].values()), default=0)
+        lines.append(f"| {arm['name']} | " + " | ".join(cells) + f" | {seeds} | {arm['cost'].get('seconds', 0):.0f} |")
+    for name, figure in result["published"].items():
+        shown = ", ".join(f"{k} {v}" for k, v in figure.items()) if isinstance(figure, dict) else figure
+        lines.append(f"| *published: {name}* | {shown} " + "| " * (len(metrics) + 1) + "|")
+    where = result["hardware"]
+    lines += [
+        "",
+        f"Bar: {result['bar']} **{result['verdict'].capitalize()}**: {result['reason']}",
+        "",
+        f"Data: {result['data']}. Protocol: {result['protocol']}. ",
+        f"`shortlist prove {result['name']}`, {result['seconds'] / 60:.0f} min on "
+        f"{where['cores']} cores ({where['cpu']}, {where['device']}), {result['date']}, commit {result['commit'][:9]}.",
+        "",
+    ]
+    return lines
 
 
 def _cell(metric: Mapping[str, float] | None) -> str:

@@ -53,10 +53,7 @@ def markdown_table(table: list[dict[str, Any]]) -> str:
 
 def describe(entry: Entry) -> dict[str, Any]:
     """One system: its docstring, source file and settings with their defaults and sentences."""
-    settings = [
-        {"name": f.name, "default": _default(f), "about": about}
-        for f, about in zip(dataclasses.fields(entry.cls.Config), _sentences(entry.cls.Config))  # type: ignore[attr-defined]
-    ]
+    settings = settings_of(entry.cls.Config)  # type: ignore[attr-defined]
     lines = [
         f"{entry.name} ({entry.kind}, {entry.stage}). {entry.paper}",
         "",
@@ -72,6 +69,14 @@ def describe(entry: Entry) -> dict[str, Any]:
         "settings": settings,
         "text": "\n".join(lines),
     }
+
+
+def settings_of(config: type) -> list[dict[str, str]]:
+    """Every field of a settings class: its name, default and sentence."""
+    return [
+        {"name": f.name, "default": _default(f), "about": about}
+        for f, about in zip(dataclasses.fields(config), _sentences(config))
+    ]
 
 
 def _default(f: dataclasses.Field[Any]) -> str:
