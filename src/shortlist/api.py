@@ -9,6 +9,7 @@ with shortlist.Engine.load("runs/shop") as engine:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from shortlist.data.log import EventLog, read
 from shortlist.data.splits import DataConfig
 from shortlist.evaluation.evaluate import Comparison, Window
 from shortlist.evaluation.evaluate import compare as compare_reports
+from shortlist.evaluation.report import report_training
 from shortlist.evaluation.runs import RunReport, baselines, evaluate_run, reports_for
 from shortlist.registry import find, systems
 
@@ -79,10 +81,20 @@ def train(
     config: RunConfig | Path | str | None = None,
     settings: Sequence[str] = (),
     progress: bool = True,
+    report: bool = True,
 ) -> Run:
-    """Train a cascade and write it to the folder `out`; see `settle` for the settings and `train_cascade` for what happens."""
+    """Train a cascade and write it to the folder `out`; see `settle` for the settings and `train_cascade` for what happens.
+
+    Args:
+        report: also write `OUT-report/report.html`, on the validation window.
+    """
+    began = time.perf_counter()
     encoded, wanted = settle(log, config, settings)
-    return train_cascade(encoded, wanted, Path(out), progress=progress)
+    run = train_cascade(encoded, wanted, Path(out), progress=progress)
+    if report:
+        seconds = time.perf_counter() - began
+        report_training(run, health=check(log).sentences(), command="shortlist.train(...)", seconds=seconds)
+    return run
 
 
 def evaluate(

@@ -7,7 +7,7 @@ import torch
 from shortlist.data.splits import DataConfig
 from shortlist.errors import ConfigError, DataError
 from shortlist.evaluation.evaluate import compare, evaluate, held_out, make_pages, pager_of, without_seen_targets
-from shortlist.evaluation.tables import comparison_markdown, comparison_plot, comparison_text, losses_text, slices_text
+from shortlist.evaluation.tables import comparison_markdown, comparison_text, losses_text, slices_text
 from shortlist.registry import find
 from support import last_baskets, shop_dataset
 
@@ -144,8 +144,6 @@ def test_comparison_finds_a_real_difference_and_none_between_twins(dataset, popu
     assert "| popularity |" in comparison_markdown(comparison, ["ndcg@10"])
     comparison.save(tmp_path / "c.json")
     assert (tmp_path / "c.json").stat().st_size > 100
-    comparison_plot(comparison, ["ndcg@10", "recall@10"], tmp_path / "c.png")
-    assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_reports_of_different_requests_are_not_compared(dataset):

@@ -5,9 +5,9 @@ import pytest
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.errors import ConfigError
-from shortlist.evaluation.demo import verdict
 from shortlist.evaluation.evaluate import compare
-from shortlist.evaluation.runs import baselines, cost_rows, evaluate_counted, evaluate_run, reports_for
+from shortlist.evaluation.runs import baselines, cost_rows, evaluate_counted, evaluate_run, reports_for, verdict
+from shortlist.extras import installed
 from shortlist.metrics import Interval
 from support import shop_dataset
 
@@ -95,12 +95,13 @@ def test_a_trained_system_is_no_baseline_by_name(run):
 
 
 def test_baselines_are_those_the_log_can_serve(run):
-    assert baselines(run.dataset) == ["popularity", "personal-frequency", "counts", "item-knn", "ease"]
+    extra = ["als"] if installed("implicit") else []
+    assert baselines(run.dataset) == ["popularity", "personal-frequency", "counts", "item-knn", "ease", *extra]
 
 
 def test_the_verdict_names_what_is_not_beaten(run):
     reports = reports_for(["mine", "popularity"], dataset=run.dataset, runs={"mine": run}, k=5)
-    sentence = verdict(compare(reports, reference="mine"), run, "Shop")
+    sentence = verdict(compare(reports, reference="mine"), "Shop")
     test = compare(reports, reference="mine").tests["popularity"]["ndcg@5"]
     assert ("does not beat popularity" in sentence) == (test["low"] <= 0)
     assert f"{test['difference']:+.4f}" in sentence

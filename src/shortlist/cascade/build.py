@@ -119,13 +119,22 @@ def train_cascade(
     with torch.random.fork_rng(devices=[]):
         builder = _Builder(dataset, config, state, progress)
         builder.train()
-        metrics = builder.validate()
+        at_validation = builder.cascade(dataset.view("valid"))
+        metrics = builder.validate(at_validation)
         cascade = builder.cascade(dataset.view("test"))
-    metrics["systems"] = [asdict(report) for report in builder.reports]
+    metrics |= {"systems": [asdict(report) for report in builder.reports], "curves": builder.curves}
     manifest = save_run(out, dataset, config, cascade, metrics)
     if not keep_training:
         shutil.rmtree(state, ignore_errors=True)
-    return Run(folder=out, dataset=dataset, config=config, cascade=cascade, metrics=metrics, version=manifest.version)
+    return Run(
+        folder=out,
+        dataset=dataset,
+        config=config,
+        cascade=cascade,
+        metrics=metrics,
+        version=manifest.version,
+        at_validation=at_validation,
+    )
 
 
 class _Builder:
@@ -136,6 +145,8 @@ class _Builder:
         self.device = chosen_device(config.trainer.device)
         self.systems: dict[str, System] = {}
         self.reports: list[SystemReport] = []
+        self.curves: dict[str, list[dict[str, Any]]] = {}
+        """Loss and validation score of every epoch, by system that was trained."""
         self.prints: dict[str, str] = {}
         """Fingerprint of what went into each system."""
         self._counted: dict[tuple[str, int, int], System] = {}
@@ -206,6 +217,9 @@ class _Builder:
             progress=self.progress,
         )
         self.systems[name] = system.to(self.device).eval()
+        self.curves[name] = [
+            {"phase": p.phase, "epoch": p.epoch, "loss": p.loss, "score": p.score} for p in report.curve
+        ]
         ndcg = report.best_score
         if ndcg is None:  # its epochs ended between two validations
             with torch.no_grad():
@@ -304,9 +318,9 @@ class _Builder:
             self.config, self.dataset.space, self.fresh(view), popular=popular, device=self.device, partial=partial
         )
 
-    def validate(self) -> dict[str, Any]:
+    def validate(self, cascade: Cascade) -> dict[str, Any]:
         """The whole cascade on validation requests: quality at the page, what each stage lost, what each stage cost."""
-        cascade, k = self.cascade(self.dataset.view("valid")), self.config.surface.k
+        k = self.config.surface.k
         meter, lost, pages = Meter(), [], []
         began = time.perf_counter()
         for index in chunks(len(self.valid), self.dataset.num_items):

@@ -46,6 +46,8 @@ class Run:
     """What training measured; plain JSON."""
     version: str = ""
     """Of the snapshot; every answer carries it."""
+    at_validation: Cascade | None = field(default=None, repr=False)
+    """The cascade as it stood when the validation window began, where training has just made it; None for a run read from disk."""
 
 
 def as_of(run: Run, window: Literal["fit", "valid", "test"]) -> Cascade:
@@ -56,6 +58,8 @@ def as_of(run: Run, window: Literal["fit", "valid", "test"]) -> Cascade:
     """
     if window == "test" or not run.config.learning.refresh:
         return run.cascade
+    if window == "valid" and run.at_validation is not None:
+        return run.at_validation
     view = run.dataset.view(window)
     systems = dict(run.cascade.systems)
     for name, system in run.cascade.systems.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Annotated
 
 import typer
@@ -34,6 +35,8 @@ COMMANDS = {
 FILES = {"import": "import_"}
 """Files of commands whose name is a word of Python."""
 
+ARGUMENTS: ContextVar[tuple[str, ...]] = ContextVar("arguments", default=())
+"""What the running command was called with."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, which typer turns into a silent exit."""
 
@@ -76,6 +79,7 @@ def build(called: str | None) -> typer.Typer:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; errors the user can mend, files that can not be used among them, are one sentence on stderr and exit code 2."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
+    ARGUMENTS.set(tuple(argv))
     called = next((word for word in argv if not word.startswith("-")), None)
     try:
         build(called)(args=argv, prog_name="shortlist")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from shortlist.cli._options import Json, Quiet, Settings
+from shortlist.cli._options import Json, Quiet, Settings, called_as
 
 
 def command(
@@ -25,6 +25,6 @@ def command(
     from shortlist.evaluation.demo import run_demo
 
     say = (lambda line="": None) if quiet or json_ else typer.echo
-    result = run_demo(out, settings=settings or (), fresh=fresh, say=say, progress=not quiet)
+    result = run_demo(out, settings=settings or (), fresh=fresh, say=say, progress=not quiet, command=called_as())
     if json_:
         typer.echo(json.dumps(result, indent=1))

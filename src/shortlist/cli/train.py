@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortlist.cli._options import Json, LogOptions, Quiet, Settings, with_log
+from shortlist.cli._options import Json, LogOptions, Quiet, Settings, called_as, with_log
+
+if TYPE_CHECKING:
+    from shortlist.cascade.run import Run
+    from shortlist.data.log import EventLog
 
 
 @with_log
@@ -23,6 +28,7 @@ def command(
     settings: Settings = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from a training that was stopped.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print every setting as TOML and stop.")] = False,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.html beside the run.")] = False,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -36,6 +42,7 @@ def command(
     from shortlist.evaluation.tables import aligned, losses_text
     from shortlist.store.snapshot import check_writable
 
+    began = time.perf_counter()
     check_writable(out)
     say = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
     wanted = (
@@ -49,8 +56,10 @@ def command(
         typer.echo(run_config.to_toml())
         return
     run = train_cascade(dataset, run_config, out, progress=not quiet, resume=not fresh)
+    page = None if no_report else _report(run, events, began)
     if json_:
-        typer.echo(json.dumps({"run": str(out), "version": run.version, **run.metrics}, indent=1))
+        told = {"run": str(out), "version": run.version, "report": None if page is None else str(page)}
+        typer.echo(json.dumps({**told, **run.metrics}, indent=1))
         return
     valid = run.metrics["validation"]
     rows = [["system", "stage", "epochs", "validation ndcg", "seconds"]]
@@ -62,9 +71,20 @@ def command(
     typer.echo("\n".join(aligned(rows)))
     typer.echo(f"\nvalidation page: ndcg@{k} {valid[f'ndcg@{k}']:.4f} on {valid['requests']:,} requests\n")
     typer.echo(losses_text(valid["lost_at"]))
+    if page is not None:
+        typer.echo(f"\nThe report is in {page}.")
     typer.echo(
         f"\nThe run is in {out}. Next: shortlist evaluate {out}; shortlist recommend {out} --user ID; shortlist serve {out}"
     )
+
+
+def _report(run: Run, events: EventLog, began: float) -> Path:
+    """Write the report, with what the log has to say; its path."""
+    from shortlist.data.check import check
+    from shortlist.evaluation.report import report_training
+
+    seconds = time.perf_counter() - began
+    return report_training(run, health=check(events).sentences(), command=called_as(), seconds=seconds)
 
 
 def _reading(log: LogOptions, events: object) -> list[str]:

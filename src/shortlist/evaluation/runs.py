@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ from shortlist.data.batches import Batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int, Requests
 from shortlist.errors import ConfigError
-from shortlist.evaluation.evaluate import Report, Window, evaluate, pager_of
+from shortlist.evaluation.evaluate import Comparison, Report, Window, compare, evaluate, pager_of
 from shortlist.metrics import Interval
 from shortlist.models.base import System
 from shortlist.registry import Entry, find
@@ -113,6 +115,7 @@ def evaluate_counted(
     dataset: Dataset,
     *,
     settings: Mapping[str, Any] | None = None,
+    made: System | None = None,
     window: Window = "test",
     k: int = 10,
     repeats: bool | None = None,
@@ -121,10 +124,12 @@ def evaluate_counted(
 ) -> Report:
     """A system that only counts, on everything before the window, beside a trained run.
 
+    Args:
+        made: the system, where it has been counted on exactly that already.
+
     Raises ConfigError for a system that is trained by gradient (train it as a run) or that the log can not serve.
     """
-    entry = find(name)
-    system = counted(entry, dataset, window, settings)
+    system = counted(find(name), dataset, window, settings) if made is None else made
     return evaluate(
         pager_of(system, k),
         dataset,
@@ -180,6 +185,75 @@ def reports_for(
                 evaluate_counted(target, dataset, window=window, k=k or 10, repeats=repeats, max_requests=max_requests)
             )
     return found
+
+
+def shown_metrics(k: int) -> list[str]:
+    """The metrics that a table of pages leads with."""
+    return [f"ndcg@{k}", f"recall@{k}", f"value@{k}", f"hr@{k}"]
+
+
+def beside_baselines(
+    run: Run,
+    mine: RunReport,
+    repeats: bool,
+    names: Sequence[str] = BASELINES,
+    *,
+    window: Window = "test",
+    max_requests: int | None = None,
+    seconds: float = math.inf,
+) -> Comparison:
+    """The cascade and the simple systems on the same requests, the cascade as the reference.
+
+    Args:
+        mine: the cascade on that window.
+        names: of which those stand beside it that the log can serve.
+        max_requests: as for `mine`.
+        seconds: no further system is begun after so long; those that the run has already counted come first.
+    """
+    dataset, k, began = run.dataset, mine.report.k, time.perf_counter()
+    made = _already_counted(run, window)
+    reports = {}
+    for name in sorted(baselines(dataset, names), key=lambda name: name not in made):
+        if time.perf_counter() - began > seconds:
+            continue
+        reports[name] = evaluate_counted(
+            name, dataset, made=made.get(name), window=window, k=k, repeats=repeats, max_requests=max_requests
+        )
+    return compare([mine.report, *(reports[name] for name in names if name in reports)], reference=mine.report.name)
+
+
+def _already_counted(run: Run, window: Window) -> dict[str, System]:
+    """Retrievers of the run that only count, with their default settings, as they stood when the window began, by registered name."""
+    at_hand = window == "test" or (window == "valid" and run.at_validation is not None)
+    if not (run.config.learning.refresh and at_hand and run.cascade.device.type == "cpu"):
+        return {}
+    systems = as_of(run, window).systems
+    chosen = {name: run.config.systems[name] for name in run.config.stages[0].systems}
+    return {
+        choice.system: systems[name]
+        for name, choice in chosen.items()
+        if not systems[name].phases() and choice.settings == choice.entry.config(None)
+    }
+
+
+def verdict(comparison: Comparison, surface: str) -> str:
+    """One sentence: whether the cascade beats every simple system beyond chance, and if not, which one it does not beat."""
+    metric = f"ndcg@{comparison.reports[0].k}"
+    against = {name: tests[metric] for name, tests in comparison.tests.items()}
+    means = {report.name: report.metrics[metric].mean for report in comparison.reports}
+    best = max(against, key=lambda name: means[name])
+    test = against[best]
+    relative = f"{test['difference'] / means[best]:+.1%}; " if means[best] else ""
+    found = (
+        f"{test['difference']:+.4f} {metric} ({relative}"
+        f"95 % interval {test['low']:+.4f} to {test['high']:+.4f}, p {test['p_value']:.3f})"
+    )
+    not_beaten = [name for name, t in against.items() if t["low"] <= 0]
+    if not_beaten:
+        claim = f"the cascade does not beat {', '.join(not_beaten)} beyond the interval"
+    else:
+        claim = "the cascade beats every simple system beyond the interval"
+    return f"{surface}: {claim}; against the best of them, {best}, it is {found}."
 
 
 def cost_rows(cost: Mapping[str, Mapping[str, float]]) -> list[list[str]]:

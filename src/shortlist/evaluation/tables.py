@@ -1,9 +1,8 @@
-"""Reports as text, Markdown and a plot, for people."""
+"""Reports as text and Markdown, for people."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from shortlist.evaluation.evaluate import Comparison, Report
 from shortlist.metrics import Interval
@@ -77,31 +76,3 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def comparison_plot(comparison: Comparison, metrics: Sequence[str], path: Path) -> None:
-    """Means with intervals as a PNG, one panel per metric, the reference on top."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    reports = comparison.reports[::-1]
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(4.2 * len(metrics), 0.45 * len(reports) + 1.2), sharey=True, squeeze=False
-    )
-    for axis, metric in zip(axes[0], metrics):
-        means = [r.metrics[metric].mean for r in reports]
-        left = [m - r.metrics[metric].low for m, r in zip(means, reports)]
-        right = [r.metrics[metric].high - m for m, r in zip(means, reports)]
-        colours = ["#c2410c" if r.name == comparison.reference else "#475569" for r in reports]
-        axis.barh(range(len(reports)), means, color=colours, alpha=0.85)
-        axis.errorbar(
-            means, range(len(reports)), xerr=[left, right], fmt="none", ecolor="black", elinewidth=1, capsize=2
-        )
-        axis.set_yticks(range(len(reports)), [r.name for r in reports])
-        axis.set_xlabel(metric)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
