@@ -14,7 +14,7 @@ CLAIM = replace(
     ladder.CLAIM,
     name="sasrec_losses_ml1m",
     data="MovieLens-1M (6,040 users, 3,416 items), users and items with at least 5 events; order exact, times not used",
-    protocol=ladder.CLAIM.protocol
+    protocol=ladder.PROTOCOL
     + " Histories of 100 events and at most 30 epochs, so that one seed fits two cores; the published runs "
     "read 200 events and trained longer.",
     bar=f"NDCG@10 of full softmax, sampled softmax and gBCE is at least {ladder.FACTOR} x that of BCE with one negative, full softmax "
