@@ -85,6 +85,7 @@ def test_signatures_read_as_written():
 def test_reference_names_every_public_name(made):
     import shortlist
 
+    assert all(f"## [{name}]" in made["reference/settings.md"] for name in ("data", "surface", "learning", "trainer"))
     missing = [
         n
         for n in shortlist.__all__

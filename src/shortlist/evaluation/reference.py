@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator
+from typing import get_type_hints
 
 from shortlist.evaluation import docstrings
-from shortlist.evaluation.systems_table import settings_of
+from shortlist.evaluation.systems_table import sentences, settings_of
 
 LINE = 100
 """Characters above which a signature is broken into one line per parameter."""
@@ -67,19 +68,12 @@ def _settings() -> str:
     from shortlist.cascade import config
     from shortlist.cascade.engine import EngineConfig
     from shortlist.cascade.rules import Rules
-    from shortlist.data.splits import DataConfig
     from shortlist.serving.settings import ServerConfig
-    from shortlist.training.config import TrainerConfig
 
-    sections: tuple[tuple[str, type], ...] = (
-        ("[data]", DataConfig),
-        ("[surface]", config.Surface),
-        ("[learning]", config.Learning),
-        ("[trainer]", TrainerConfig),
-        ("[stages.NAME]", config.Action),
-    )
+    types = get_type_hints(config.RunConfig)
+    sections = [(f"[{name}]", types[name]) for name in types if dataclasses.is_dataclass(types[name])]
     parts = ["# Settings of a run", docstrings.of(config)]
-    for title, cls in sections:
+    for title, cls in [*sections, ("[stages.NAME]", config.Action)]:
         parts += [f"## {title}", docstrings.of(cls), _fields(cls)]
     parts += ["Settings of a system, `[systems.NAME]`, stand on [its page](../systems/index.md)."]
     for other in (EngineConfig, ServerConfig, Rules):
@@ -150,12 +144,13 @@ def _methods(cls: type) -> Iterator[str]:
 def _fields(cls: type) -> str:
     """Fields with types, defaults and sentences."""
     if not dataclasses.is_dataclass(cls):
-        return "\n".join(f"- `{name}`" for name in cls._fields)  # type: ignore[attr-defined]
+        found = sentences(cls)
+        return "\n".join(f"- `{name}`: {found.get(name, '')}" for name in cls._fields)  # type: ignore[attr-defined]
     lines = ["| field | type | default | |", "|---|---|---|---|"]
     types = {f.name: str(f.type) for f in dataclasses.fields(cls)}
     for field in settings_of(cls):
         about = field["about"].replace("|", "\\|").replace("<", "&lt;")
-        shown = types[field["name"]].replace("|", "\\|")
+        shown = types[field["name"]].replace(" | ", " or ")  # a bar would end the cell
         lines.append(f"| `{field['name']}` | `{shown}` | `{field['default']}` | {about} |")
     return "\n".join(lines)
 

@@ -73,9 +73,9 @@ def describe(entry: Entry) -> dict[str, Any]:
 
 def settings_of(config: type) -> list[dict[str, str]]:
     """Every field of a settings class: its name, default and sentence."""
+    about = sentences(config)
     return [
-        {"name": f.name, "default": _default(f), "about": about}
-        for f, about in zip(dataclasses.fields(config), _sentences(config))
+        {"name": f.name, "default": _default(f), "about": about.get(f.name, "")} for f in dataclasses.fields(config)
     ]
 
 
@@ -87,18 +87,18 @@ def _default(f: dataclasses.Field[Any]) -> str:
     return "(required)"
 
 
-def _sentences(config: type) -> list[str]:
-    """The string under each field of a settings class, in order; empty where there is none."""
+def sentences(cls: type) -> dict[str, str]:
+    """The string under each annotated field of a class, by field; empty where there is none."""
     import ast
 
     try:
-        tree = ast.parse(inspect.cleandoc(inspect.getsource(config)))
+        tree = ast.parse(inspect.cleandoc(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
-        return ["" for _ in dataclasses.fields(config)]
+        return {}
     body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
     found = {}
     for node, after in zip(body, [*body[1:], None]):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
             found[node.target.id] = " ".join(str(text).split())
-    return [found.get(f.name, "") for f in dataclasses.fields(config)]
+    return found
