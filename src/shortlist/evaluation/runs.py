@@ -22,12 +22,20 @@ from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int, Requests
 from shortlist.errors import ConfigError
 from shortlist.evaluation.evaluate import Comparison, Report, Window, compare, evaluate, pager_of
+from shortlist.extras import installed
 from shortlist.metrics import Interval
 from shortlist.models.base import System
 from shortlist.registry import Entry, find
 
-BASELINES = ("popularity", "personal-frequency", "counts", "item-knn", "ease")
-"""The simple systems that stay in every recommendation table, strong ones included."""
+BASELINES = (
+    "popularity",
+    "personal-frequency",
+    "counts",
+    "item-knn",
+    "ease",
+    *(("als",) if installed("implicit") else ()),
+)
+"""The simple systems that stay in every recommendation table, strong ones included; ALS where its library is installed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
