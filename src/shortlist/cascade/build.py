@@ -34,6 +34,7 @@ from shortlist.cascade.attribution import attribute_losses, lost_at
 from shortlist.cascade.cascade import Cascade
 from shortlist.cascade.config import RunConfig, Stage
 from shortlist.cascade.fitting import check_fits, default_config
+from shortlist.cascade.indexing import IndexReport, build_indexes, still_valid
 from shortlist.cascade.lessons import (
     Lessons,
     candidate_score,
@@ -48,12 +49,13 @@ from shortlist.cascade.lessons import (
 )
 from shortlist.cascade.meter import Meter
 from shortlist.cascade.run import Run, load_run, make_system, most_chosen, save_run
+from shortlist.data.batches import Batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Histories, Int, Requests, View
 from shortlist.data.jagged import Jagged
 from shortlist.errors import ConfigError
 from shortlist.metrics import ranking
-from shortlist.models.base import Phase, System
+from shortlist.models.base import Phase, System, VectorRetriever
 from shortlist.store.snapshot import check_writable
 from shortlist.training.context import chosen_device, deterministic
 from shortlist.training.sources import BatchSource, NextEventSource, TargetSource
@@ -120,9 +122,15 @@ def train_cascade(
         builder = _Builder(dataset, config, state, progress)
         builder.train()
         at_validation = builder.cascade(dataset.view("valid"))
-        metrics = builder.validate(at_validation)
         cascade = builder.cascade(dataset.view("test"))
-    metrics |= {"systems": [asdict(report) for report in builder.reports], "curves": builder.curves}
+        indexes = builder.index(cascade)
+        at_validation.indexes = still_valid(cascade, at_validation.systems)
+        metrics = builder.validate(at_validation)
+    metrics |= {
+        "systems": [asdict(report) for report in builder.reports],
+        "curves": builder.curves,
+        "indexes": {name: asdict(report) for name, report in indexes.items()},
+    }
     manifest = save_run(out, dataset, config, cascade, metrics)
     if not keep_training:
         shutil.rmtree(state, ignore_errors=True)
@@ -317,6 +325,19 @@ class _Builder:
         return Cascade(
             self.config, self.dataset.space, self.fresh(view), popular=popular, device=self.device, partial=partial
         )
+
+    def index(self, cascade: Cascade) -> dict[str, IndexReport]:
+        """Give the cascade's vector retrievers their indexes; what each is, by name."""
+
+        def queries(system: VectorRetriever, most: int) -> Iterator[Batch]:
+            asked = sample(self.valid, most, self.config.trainer.seed)
+            for index in chunks(len(asked), self.dataset.num_items):
+                yield make_batch(self.dataset, asked.select(index), system.max_history).to(self.device)
+
+        cascade.indexes, reports = build_indexes(cascade, queries, deterministic=self.config.trainer.deterministic)
+        for name, report in reports.items():
+            self.say(f"index of {name}: {report.summary()}")
+        return reports
 
     def validate(self, cascade: Cascade) -> dict[str, Any]:
         """The whole cascade on validation requests: quality at the page, what each stage lost, what each stage cost."""

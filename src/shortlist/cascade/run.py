@@ -5,6 +5,7 @@ RUN/cascade.toml                   every setting of the run
 RUN/systems/NAME.safetensors       weights and buffers of each system
 RUN/systems/known_items.safetensors, systems.json      on which events each one was built
 RUN/popular.safetensors            all items, most chosen first
+RUN/indexes/NAME.faiss, indexes.json                   indexes of vector retrievers, where the catalogue is large
 RUN/metrics.json                   what training measured
 RUN/manifest.json                  see store/snapshot.py
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from shortlist.cascade.cascade import Cascade, stage_space
 from shortlist.cascade.config import RunConfig
+from shortlist.cascade.indexing import load_indexes, save_indexes, still_valid
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import View
 from shortlist.data.schema import Space
@@ -73,6 +75,7 @@ def as_of(run: Run, window: Literal["fit", "valid", "test"]) -> Cascade:
         {name: system.to(device) for name, system in systems.items()},
         popular=most_chosen(view),
         device=device,
+        indexes=still_valid(run.cascade, systems),
     )
 
 
@@ -108,6 +111,7 @@ def save_run(
         (beside / CONFIG).write_text(config.to_toml())
         (beside / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
         save_tensors(beside / POPULAR, {"rows": cascade.popular})
+        save_indexes(beside, cascade.indexes)
         known: dict[str, Tensor] = {}
         about = {}
         for name, system in cascade.systems.items():
@@ -163,7 +167,7 @@ def load_run(folder: Path, *, device: torch.device | str = "cpu", verify: bool =
         folder=folder,
         dataset=dataset,
         config=config,
-        cascade=Cascade(config, dataset.space, systems, popular=popular, device=device),
+        cascade=Cascade(config, dataset.space, systems, popular=popular, device=device, indexes=load_indexes(folder)),
         metrics=_read_json(folder / METRICS),
         version=manifest.version,
     )

@@ -46,7 +46,7 @@ class IndexConfig:
     """Items (hnsw) or lists (ivf) that a search looks into; none = the smallest power of two that reaches `recall`."""
     links: int = 32
     """hnsw: links per item and layer."""
-    build_effort: int = 80
+    build_effort: int = 40
     """hnsw: items looked into to place one."""
     lists: int | None = None
     """ivf: number of lists; none = four times the square root of the number of items."""
