@@ -8,7 +8,8 @@ import pytest
 
 from cli_support import succeeds
 from shortlist.cascade.config import RunConfig
-from shortlist.evaluation import docstrings, pages, reference
+from shortlist.cli import _reference as reference
+from shortlist.evaluation import docstrings, pages
 from shortlist.models.base import RequestShape, System
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -17,7 +18,7 @@ SYSTEMS = pages.own_systems()
 
 @pytest.fixture(scope="module")
 def made():
-    return pages.pages()
+    return pages.pages() | reference.pages()
 
 
 def test_committed_pages_are_current(made):

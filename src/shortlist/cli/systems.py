@@ -31,9 +31,12 @@ def command(
     from shortlist.registry import find, systems
 
     if pages is not None:
-        from shortlist.evaluation.pages import write
+        from shortlist.cli import _reference
+        from shortlist.evaluation import pages as of_systems
 
-        typer.echo(f"wrote {len(write(pages))} pages under {pages}")
+        made = of_systems.pages() | _reference.pages()
+        of_systems.write(pages, made)
+        typer.echo(f"wrote {len(made)} pages under {pages}")
         return
     folder = evidence_folder(evidence) if evidence else Path("evidence")
     if name is not None:

@@ -1,15 +1,14 @@
 """The docs' pages about systems, made from the registry: idea, code, differences, settings, cost, cold start, a snippet.
 
-`write(folder)` makes folder/systems/NAME.md for every system of this package, its index, and the API reference beside it. A page
-names the claims by a link and carries no measured quality, so that it changes only when the code does; the built site puts the
-recorded numbers in (`numbers`).
+`pages()` makes systems/NAME.md for every system of this package, and their index; `write` puts pages into the docs. A page links to the
+claims and carries no measured quality, so that it changes only when the code does; the built site puts the recorded numbers in (`numbers`).
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +18,7 @@ import torch
 
 from shortlist.data.histories import Histories, View
 from shortlist.data.schema import Categorical, FieldTable, Numeric, Space
-from shortlist.evaluation import docstrings, reference
+from shortlist.evaluation import docstrings
 from shortlist.evaluation.evidence import results, results_section
 from shortlist.evaluation.systems_table import settings_of
 from shortlist.models.base import RequestShape, System
@@ -35,25 +34,21 @@ SHAPE = RequestShape(num_history=50, num_candidates=100, num_items=NUM_ITEMS)
 _STAGES = ("retrieval", "pre-ranking", "ranking", "re-ranking")
 
 
-def write(folder: Path) -> list[Path]:
-    """Write all generated pages under `folder`, remove those of systems that are gone, and return what was written."""
-    written = []
-    for name, text in pages().items():
+def write(folder: Path, made: Mapping[str, str]) -> None:
+    """Write generated pages under `folder`, and remove those of systems that are gone."""
+    for name, text in made.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-        written.append(path)
     for path in (folder / "systems").glob("*.md"):
-        if path not in written and path.read_text().startswith(MADE):
+        if f"systems/{path.name}" not in made and path.read_text().startswith(MADE):
             path.unlink()
-    return written
 
 
 def pages() -> dict[str, str]:
-    """Every generated page by its path under docs/."""
+    """The page of every system and their index by path under docs/."""
     mine = own_systems()
-    made = {"systems/index.md": systems_index(mine), **{f"systems/{e.name}.md": system_page(e) for e in mine}}
-    return made | {f"reference/{name}": f"{MADE}\n\n{text}" for name, text in reference.pages().items()}
+    return {"systems/index.md": systems_index(mine), **{f"systems/{e.name}.md": system_page(e) for e in mine}}
 
 
 def own_systems() -> list[Entry]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import get_type_hints
 
 from shortlist.evaluation import docstrings
+from shortlist.evaluation.pages import MADE
 from shortlist.evaluation.systems_table import sentences, settings_of
 
 LINE = 100
@@ -15,8 +16,9 @@ LINE = 100
 
 
 def pages() -> dict[str, str]:
-    """Markdown of every page of the reference by file name."""
-    return {"python.md": _python(), "kinds.md": _kinds(), "settings.md": _settings()}
+    """Markdown of every page of the reference by its path under docs/."""
+    made = {"python": _python(), "kinds": _kinds(), "settings": _settings()}
+    return {f"reference/{name}.md": f"{MADE}\n\n{text}" for name, text in made.items()}
 
 
 def _python() -> str:
