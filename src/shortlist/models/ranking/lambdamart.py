@@ -37,17 +37,17 @@ from shortlist.registry import system
 class LambdaMARTConfig:
     """Settings of LambdaMART."""
 
-    num_trees: int = 300
+    num_trees: int = 600
     """At most, per task."""
-    num_leaves: int = 15
+    num_leaves: int = 7
     """Leaves of a tree at most."""
-    lr: float = 0.05
+    lr: float = 0.03
     """Share of each tree that is added."""
     min_leaf: int = 50
     """Candidates in a leaf at least."""
     l2: float = 1.0
     """Penalty on the square of leaf values."""
-    truncation: int = 20
+    truncation: int = 30
     """Swaps count where one of the two stands among so many best."""
     valid_share: float = 0.15
     """Share of the requests, the last ones handed over, that only say when to stop; 0 = grow all trees."""

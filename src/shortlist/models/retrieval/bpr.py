@@ -45,7 +45,7 @@ class BPRConfig:
     """lambda, of factors and biases."""
     iterations: int = 100
     """Passes over the choices."""
-    decay: float = 1.0
+    decay: float = 0.9
     """Weight of an item relative to one that was last chosen a group later, in the mean of a history."""
     ridge: float = 0.01
     """Of the map from histories to users' vectors, relative to the number of training users."""
