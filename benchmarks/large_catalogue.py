@@ -109,7 +109,7 @@ def run_vectors(folder: Path, kind: str, num_requests: int) -> dict[str, Any]:
     dataset = Dataset.load(folder / "dataset")
     config = RunConfig.from_table({
         "surface": {"k": K},
-        "index": {"kind": kind},
+        "index": {"kind": kind, "when_short": "warn"},
         "stages": {"retrieval": {"systems": ["planted-vectors"], "keep": KEEP}},
         "systems": {"planted-vectors": {"folder": str(folder)}},
     })  # fmt: skip

@@ -124,10 +124,10 @@ class VectorIndex:
 
     @property
     def most_effort(self) -> int:
-        """Effort beyond which it is no faster than an exact search."""
+        """Effort beyond which it is no faster than an exact search: a walk jumps through memory, a product reads it in order."""
         match self.kind:
             case "hnsw":
-                return max(1, self.num_items // 8)
+                return max(64, self.num_items // 64)
             case "ivf":
                 return int(self._index.nlist)
         return 1
