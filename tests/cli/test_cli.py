@@ -141,6 +141,36 @@ def test_evaluate_obeys_its_options(shop):
     assert "every target stands in its user's history already" in refused("evaluate", shop, "--no-repeats")
 
 
+def test_train_ends_in_a_report_unless_told_otherwise(tables, tmp_path):
+    out = tmp_path / "run"
+    command = ("train", *tables, "--config", tables[0].parent / "counted.toml", "--out", out, "--quiet")
+    assert "The report is in" not in succeeds(*command, "--no-report").out
+    assert not (tmp_path / "run-report").exists()
+    said = succeeds(*command).out
+    page = tmp_path / "run-report" / "report.html"
+    assert f"The report is in {page}." in said
+    text = page.read_text()
+    assert f"<dd>shortlist train {tables[0]} --items" in text
+    assert "60 users on 20 items" in text
+    assert "Validation requests" in text
+    assert "Test requests" not in text
+    assert succeeds(*command, "--json").json["report"] == str(page)
+
+
+def test_evaluate_writes_a_report_when_asked(shop):
+    page = shop.with_name("shop-report") / "report.html"
+    before = page.read_text()
+    plain = succeeds("evaluate", shop).out
+    assert page.read_text() == before
+    said = succeeds("evaluate", shop, "--report").out
+    assert f"The report is in {page}." in said
+    assert said.splitlines()[1] == plain.splitlines()[1]  # the same numbers
+    text = page.read_text()
+    assert "Test requests" in text
+    assert "Validation requests" in text
+    assert "60 users on 20 items" in text  # from the report of the training
+
+
 def test_compare(shop, tmp_path):
     out = tmp_path / "table.json"
     arguments = ("compare", shop, "popularity", "ease", "--reference", "ease", "--out", out)

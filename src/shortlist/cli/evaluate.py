@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from shortlist.cli._options import Json, RunFolder, called_as
-
-if TYPE_CHECKING:
-    from shortlist.cascade.run import Run
-    from shortlist.evaluation.evaluate import Window
-    from shortlist.evaluation.runs import RunReport
 
 
 def command(
@@ -43,11 +37,15 @@ def command(
     from shortlist.evaluation.runs import cost_rows, evaluate_run
     from shortlist.evaluation.tables import aligned, comparison_text, losses_text, slices_text
 
-    loaded, page = load_run(run), None
+    loaded, page, repeats = load_run(run), None, False if no_repeats else None
     if report:
-        result, page = _with_report(loaded, window, k, no_repeats, max_requests)
+        from shortlist.evaluation.report import report_evaluation
+
+        found, page = report_evaluation(
+            loaded, window, k=k, repeats=repeats, max_requests=max_requests, command=called_as()
+        )
+        result = replace(found, report=replace(found.report, name=run.name))
     else:
-        repeats = False if no_repeats else None
         result = evaluate_run(loaded, name=run.name, window=window, k=k, repeats=repeats, max_requests=max_requests)
     if out is not None:
         write_json(out, result.as_dict())
@@ -63,18 +61,3 @@ def command(
     typer.echo("\n\n".join(parts))
     if page is not None:
         typer.echo(f"\nThe report is in {page}.")
-
-
-def _with_report(
-    run: Run, window: Window, k: int | None, no_repeats: bool, max_requests: int | None
-) -> tuple[RunReport, Path]:
-    """The run on the window, and the page that tells of it; of the test window together with the validation window."""
-    from shortlist.evaluation.report import judge, write_report
-
-    began = time.perf_counter()
-    surfaces = (False,) if no_repeats else None
-    windows: tuple[Window, ...] = ("valid",) if window == "valid" else ("valid", window)
-    judged = [judge(run, one, k=k, surfaces=surfaces, max_requests=max_requests) for one in windows]
-    page = write_report(run, judged, command=called_as(), seconds=time.perf_counter() - began)
-    mine = judged[-1].cascade
-    return replace(mine, report=replace(mine.report, name=run.folder.name)), page

@@ -10,6 +10,7 @@ hashed file by file and replaced whole.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -187,6 +188,31 @@ def report_training(run: Run, *, health: Sequence[str] | None = None, command: s
     except DataError as error:
         problems.append(str(error))
     return write_report(run, judged, health=health, problems=problems, command=command, seconds=seconds)
+
+
+def report_evaluation(
+    run: Run,
+    window: Window,
+    *,
+    k: int | None = None,
+    repeats: bool | None = None,
+    max_requests: int | None = None,
+    command: str = "",
+) -> tuple[RunReport, Path]:
+    """The run on a window (see `judge`), and the page that tells of it, of other windows than validation after validation.
+
+    Raises DataError where the window holds no request that counts.
+    """
+    began = time.perf_counter()
+    surfaces = None if repeats is None else (repeats,)
+    judged, problems = [judge(run, window, k=k, surfaces=surfaces, max_requests=max_requests)], []
+    if window != "valid":
+        try:
+            judged.insert(0, judge(run, "valid", k=k, surfaces=surfaces, max_requests=max_requests))
+        except DataError as error:
+            problems.append(str(error))
+    seconds = time.perf_counter() - began
+    return judged[-1].cascade, write_report(run, judged, problems=problems, command=command, seconds=seconds)
 
 
 def write_report(
