@@ -77,3 +77,10 @@ def test_sums_and_means_of_segments_including_empty_ones():
     assert segment_sum(values, row, 4).tolist() == [[3, 30], [0, 0], [5, 50], [0, 0]]
     assert segment_mean(values, row, 4).tolist() == [[1.5, 15], [0, 0], [5, 50], [0, 0]]
     assert segment_mean(values[:, 0], row, 3).tolist() == [1.5, 0, 5]
+
+
+def test_lengths_of_some_rows_are_those_of_all_rows():
+    rows = Jagged.from_rows([[1, 2, 3], [], [4], [5, 6]])
+    wanted = torch.tensor([3, 0, 0, 2, 1, -1])
+    assert rows.lengths_of(wanted).tolist() == rows.lengths[wanted].tolist() == [2, 3, 3, 1, 0, 2]
+    assert rows.select(wanted[:5]).values.tolist() == [5, 6, 1, 2, 3, 1, 2, 3, 4]

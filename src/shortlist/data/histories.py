@@ -127,9 +127,10 @@ class Requests:
 
     def select(self, index: Int) -> Requests:
         """Requests `index` [n], in the given order."""
-        lengths = np.diff(self.target_offsets)[index]
+        first = self.target_offsets[:-1][index]
+        lengths = self.target_offsets[1:][index] - first
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        where = np.arange(offsets[-1]) + np.repeat(self.target_offsets[:-1][index] - offsets[:-1], lengths)
+        where = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)
         return replace(
             self,
             user=self.user[index],

@@ -90,11 +90,18 @@ class Jagged:
 
     def select(self, rows: Tensor) -> Jagged:
         """Rows [n] int64 of this, in the given order, repeats allowed."""
-        return Jagged.from_lengths(self.values[self.value_index(rows)], self.lengths[rows])
+        lengths = self.lengths_of(rows)
+        return Jagged.from_lengths(self.values[self._index(rows, lengths)], lengths)
+
+    def lengths_of(self, rows: Tensor) -> Tensor:
+        """Lengths of the given rows [n] int64, without those of all rows."""
+        return self.offsets[1:][rows] - self.offsets[:-1][rows]
 
     def value_index(self, rows: Tensor) -> Tensor:
         """Positions in `values` of the given rows [n], end to end: int64 [sum of their lengths]."""
-        lengths = self.lengths[rows]
+        return self._index(rows, self.lengths_of(rows))
+
+    def _index(self, rows: Tensor, lengths: Tensor) -> Tensor:
         starts = self.offsets[:-1][rows] - (lengths.cumsum(0) - lengths)
         return torch.arange(int(lengths.sum()), device=self.offsets.device) + starts.repeat_interleave(lengths)
 

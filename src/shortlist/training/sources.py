@@ -234,9 +234,10 @@ class CandidateSource:
     def _candidates_of(self, chosen_B: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Positions in the candidates' values of those kept for the batch, end to end, and their number per request [B]."""
         index = self.candidates.value_index(chosen_B)
-        rows = Jagged.from_lengths(index, self.candidates.lengths[chosen_B])
+        lengths_B = self.candidates.lengths_of(chosen_B)
         if self.num_negatives is None:
-            return index, rows.lengths
+            return index, lengths_B
+        rows = Jagged.from_lengths(index, lengths_B)
         positive = self.positive[index]
         limit_B = (_count(rows, positive) + self.num_negatives).numpy()
         keep = _random_subset(rows, limit_B, _generator(self.seed, epoch, step), first=positive)
