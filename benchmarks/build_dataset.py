@@ -1,6 +1,6 @@
 """Time and memory from a generated log to a data set, beside the least pandas must do for the same arrays, in one run.
 
-    python benchmarks/build_dataset.py [--events 5000000] [--out benchmarks/results/build_dataset.json]
+    python benchmarks/build_dataset.py [--events 5000000] [--quick] [--out benchmarks/results/build_dataset.json]
 
 Each arm runs in a process of its own, so that its peak memory is its own. The pandas arm only numbers ids and sorts by user and time: it
 infers no fields, makes no split and no requests.
@@ -87,7 +87,8 @@ def main() -> None:
     """Measure both arms and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=5_000_000)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--quick", action="store_true", help="100,000 events; nothing is written unless --out is given")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -97,15 +98,17 @@ def main() -> None:
         print(json.dumps(figures))
         return
 
-    from shortlist.evaluation.evidence import machine_lock, surroundings, write_json
+    from shortlist.evaluation.benchmarks import record
+    from shortlist.evaluation.evidence import machine_lock
 
+    num_events = 100_000 if given.quick else given.events
     with tempfile.TemporaryDirectory() as folder, machine_lock():
         path = Path(folder) / "log.parquet"
-        generate(path, given.events)
+        generate(path, num_events)
         arms = {arm: measure(arm, path) for arm in ARMS}
     for arm, figures in arms.items():
         print(f"{arm:10} " + "  ".join(f"{name} {value:.2f}" for name, value in figures.items()))
-    write_json(given.out, {"name": "build_dataset", "events": given.events, "seconds_by_arm": arms, **surroundings()})
+    record(RESULT, {"events": num_events, "seconds_by_arm": arms}, quick=given.quick, out=given.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ B sequences, L longest, D width, P supervised positions, n items.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,8 @@ from shortlist.data.batches import Batch, next_event_batch
 from shortlist.data.histories import Histories
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import FieldTable, Space
-from shortlist.evaluation.evidence import machine_lock, surroundings, write_json
+from shortlist.evaluation.benchmarks import record
+from shortlist.evaluation.evidence import machine_lock
 from shortlist.layers.attention import LengthClasses, causal_attention
 from shortlist.models.retrieval.sasrec import SASRec, SASRecConfig
 
@@ -150,7 +150,13 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--note", default="", help="what else the machine was doing")
+    parser.add_argument(
+        "--quick", action="store_true", help="small batches, one step; nothing is written unless --out is given"
+    )
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rounds, arguments.batch_size, arguments.max_history, arguments.dim = 1, 16, 50, 16
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
 
@@ -206,17 +212,10 @@ def main() -> None:
         table.append(row)
     with machine_lock():
         attention = attention_table(3 * arguments.rounds, arguments.batch_size, arguments.max_history, arguments.dim)
-    content = {
-        "name": "sasrec_step",
-        "command": " ".join(["python", "benchmarks/sasrec_step.py", *sys.argv[1:]]),
-        "settings": vars(arguments),
-        "share_of_padding": round(share, 3),
-        "arms": table,
-        "attention": attention,
-        **surroundings(),
-    }
-    write_json(RESULT, content)
-    print(f"written to {RESULT.relative_to(Path.cwd()) if RESULT.is_relative_to(Path.cwd()) else RESULT}")
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("quick", "out")}
+    figures = {"settings": settings, "share_of_padding": round(share, 3), "arms": table, "attention": attention}
+    written = record(RESULT, figures, quick=arguments.quick, out=arguments.out)
+    print(f"written to {written}" if written else "quick: nothing written")
 
 
 if __name__ == "__main__":

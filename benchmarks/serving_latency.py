@@ -32,7 +32,8 @@ from shortlist.cascade.engine import Engine
 from shortlist.data.batches import request_batch
 from shortlist.data.dataset import build_dataset
 from shortlist.data.datasets import load
-from shortlist.evaluation.evidence import machine_lock, surroundings, write_json
+from shortlist.evaluation.benchmarks import record
+from shortlist.evaluation.evidence import machine_lock
 from shortlist.store.events import Event, EventStore
 
 RESULT = Path(__file__).parent / "results" / "serving_latency.json"
@@ -166,18 +167,14 @@ def main() -> None:
             server.wait()
     for arm in [*pages, *events]:
         print("  ".join(f"{value:<22}" if name == "arm" else f"{name} {value:,}" for name, value in arm.items()))
-    result = {
-        "name": "serving_latency",
-        "command": f"python benchmarks/serving_latency.py{' --quick' if arguments.quick else ''}",
+    figures = {
         "settings": {"requests": num_requests, "threads": 1, "concurrency": 1, "note": arguments.note},
         "arms": pages,
         "http_overhead_p50_ms": round(pages[3]["p50_ms"] - pages[2]["p50_ms"], 3),
         "events": events,
         "load_average": load_before,
-        **surroundings(),
     }
-    if arguments.out or not arguments.quick:
-        write_json(arguments.out or RESULT, result)
+    record(RESULT, figures, quick=arguments.quick, out=arguments.out)
 
 
 if __name__ == "__main__":

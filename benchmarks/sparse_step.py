@@ -1,6 +1,6 @@
 """Time of one training step of an embedding table: row-wise sparse rules beside dense Adam, in the same run.
 
-    python benchmarks/sparse_step.py [--rows 1000000] [--dim 16] [--ids 4096] [--repeats 31] [--out benchmarks/results/sparse_step.json]
+    python benchmarks/sparse_step.py [--rows 1000000] [--dim 16] [--ids 4096] [--repeats 31] [--threads 1] [--quick] [--out FILE]
 
 A step is: read the rows of a batch of skewed ids, backward, update. The arms take turns, so that a disturbance meets all of them, and
 are compared by their fastest step, which other work on the machine disturbs least; the load is recorded.
@@ -9,9 +9,7 @@ are compared by their fastest step, which other work on the machine disturbs lea
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from shortlist.evaluation.benchmarks import record
+from shortlist.evaluation.evidence import machine_lock
 from shortlist.training.optimisers import RowwiseAdagrad, RowwiseAdam
 
+RESULT = Path(__file__).parent / "results" / "sparse_step.json"
 Rule = Callable[[list[nn.Parameter]], Optimizer]
 ARMS: dict[str, tuple[bool, Rule]] = {
     "dense Adam": (False, lambda p: torch.optim.Adam(p, lr=1e-3)),
@@ -86,30 +87,26 @@ def main() -> None:
     parser.add_argument("--ids", type=int, default=4_096)
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sparse_step.json"))
+    parser.add_argument(
+        "--quick", action="store_true", help="20,000 rows, 3 steps; nothing is written unless --out is given"
+    )
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    rows, repeats = (20_000, 3) if args.quick else (args.rows, args.repeats)
     load = os.getloadavg()[0]
     sizes = {}
-    for num_rows in (args.rows // 10, args.rows):
-        sizes[str(num_rows)] = records = measure(num_rows, args.dim, args.ids, args.repeats)
+    for num_rows in (rows // 10, rows):
+        with machine_lock():
+            sizes[str(num_rows)] = records = measure(num_rows, args.dim, args.ids, repeats)
         print(
-            f"{num_rows:,} rows x {args.dim}, {args.ids:,} ids per step, {args.threads} thread(s), fastest of {args.repeats} steps"
+            f"{num_rows:,} rows x {args.dim}, {args.ids:,} ids per step, {args.threads} thread(s), fastest of {repeats} steps"
         )
         for r in records:
             print(f"  {r['arm']:<20} {r['step_ms']['low']:9.2f} ms {r['times_faster_than_dense_adam']:8.1f} x"
                   f" {r['state_bytes'] / 1e6:9.1f} MB of state")  # fmt: skip
-    result = {
-        "name": "sparse_step",
-        "command": f"python benchmarks/sparse_step.py --rows {args.rows} --dim {args.dim} --ids {args.ids} "
-        f"--repeats {args.repeats} --threads {args.threads}",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "hardware": {"machine": platform.machine(), "threads": args.threads, "load_before": load},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "rows": sizes,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    settings = {"dim": args.dim, "ids": args.ids, "repeats": repeats, "threads": args.threads}
+    record(RESULT, {"settings": settings, "load_before": load, "rows": sizes}, quick=args.quick, out=args.out)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ from shortlist.metrics import Interval
 from shortlist.metrics.intervals import seed_interval
 
 Verdict = Literal["holds", "fails", "partly"]
+MEASURING = "SHORTLIST_MEASURING"
+"""Environment variable of processes that run under the lock of the one that started them."""
 REPORTED_PACKAGES = ("shortlist", "torch", "numpy", "polars")
 
 
@@ -316,7 +318,13 @@ def surroundings() -> dict[str, Any]:
 
 @contextmanager
 def machine_lock(say: Callable[[str], None] = print) -> Iterator[None]:
-    """Nothing else of ours that is timed runs meanwhile on this machine: waits for its turn, and says so."""
+    """Nothing else of ours that is timed runs meanwhile on this machine: waits for its turn, and says so.
+
+    Processes started by the holder count as the holder: they find MEASURING in their environment and do not wait for it.
+    """
+    if MEASURING in os.environ:
+        yield
+        return
     path = Path(tempfile.gettempdir()) / "shortlist-measuring.lock"
     with path.open("w") as file:
         try:
@@ -324,9 +332,11 @@ def machine_lock(say: Callable[[str], None] = print) -> Iterator[None]:
         except BlockingIOError:
             say("another measurement runs on this machine; waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
+        os.environ[MEASURING] = str(os.getpid())
         try:
             yield
         finally:
+            del os.environ[MEASURING]
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
