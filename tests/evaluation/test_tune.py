@@ -1,5 +1,6 @@
 """The tuner: what it tries, that every arm gets the same, that a stopped search ends as one that was not, and that test stays unread."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -102,6 +103,8 @@ def test_what_an_arm_is():
     assert alone.systems["two-tower"].settings.dim == 8  # as the run has it
     ranker = arm_config(config, "din")
     assert [s.systems for s in ranker.stages] == [("popularity", "counts", "two-tower"), ("din",)]
+    trained = arm_config(config.override("trainer.dnn.batch_size=8"), "din")
+    assert trained.trainer_of("din").batch_size == 8  # as the ranker whose place it takes
     assert arm_config(config, None) == config
     assert [s.systems for s in arm_config(config, "mmr").stages][-1] == ("mmr",)
     with pytest.raises(ConfigError, match="no stage of the run has one"):
@@ -179,6 +182,19 @@ def test_seconds_are_a_budget_too(dataset, tmp_path, monkeypatch):
     for wrong in ({}, {"trials": 0}, {"seconds": 0.0}):
         with pytest.raises(ConfigError):
             Budget(**wrong)
+
+
+def test_the_time_of_a_stopped_trial_counts(dataset, tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuner.time, "perf_counter", iter(range(0, 100_000, 10)).__next__)
+    arm = arm_of("counts", "max_gap=1:6")
+    for verdict in (stopped, stopped, lambda *_, **__: 0.5):
+        monkeypatch.setattr(tuner, "judge", verdict)
+        with contextlib.suppress(KeyboardInterrupt):
+            tuning = tune(dataset, [arm], tmp_path / "t", budget=Budget(trials=2))
+    assert [trial.seconds for trial in tuning.trials] == [30, 10]
 
 
 def test_settings_that_do_not_go_together_are_a_failed_trial(dataset, tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ def command(
         command=shlex.join(["shortlist", *sys.argv[1:]]),
         fresh=fresh,
         say=(lambda line: None) if quiet else (lambda line: typer.echo(line, err=True)),
+        progress=not quiet and sys.stderr.isatty(),  # bars; as lines of a file they would hide the trials
     )
     if json_:
         typer.echo(json.dumps(tuning.as_dict(), indent=1))

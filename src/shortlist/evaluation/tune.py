@@ -51,7 +51,7 @@ class Budget:
     trials: int | None = None
     """The one with the settings as they are included."""
     seconds: float | None = None
-    """Of trials, interruptions not counted; a trial under way is finished."""
+    """Of trials, pauses not counted; a trial under way is finished."""
 
     def __post_init__(self) -> None:
         if self.trials is None and self.seconds is None:
@@ -172,7 +172,8 @@ def arm_config(config: RunConfig, name: str | None) -> RunConfig:
     """The run in which an arm is judged; see the top of this file.
 
     Args:
-        config: with stages. Settings of systems and trainers that it names are kept.
+        config: with stages. Settings of systems and trainers that it names are kept; a ranker without a [trainer.NAME] is trained as the
+            one whose place it takes.
         name: as the config or the registry has it; None = the whole cascade.
 
     Raises ConfigError: no such system, or one that does not act in a cascade, or no stage for it.
@@ -190,6 +191,9 @@ def arm_config(config: RunConfig, name: str | None) -> RunConfig:
         if not at:
             raise ConfigError(f"{name} is a {kind}, and no stage of the run has one; give --config with a stage for it")
         names = list(kinds)[: at[-1] + 1]
+        before = table["trainer"].get(stages[names[-1]]["systems"][0])
+        if isinstance(before, Mapping):
+            table["trainer"].setdefault(name, before)
         table["stages"] = {n: stages[n] for n in names[:-1]} | {names[-1]: {"systems": [name]}}
     else:
         raise ConfigError(f"{name} is a {kind} and can not act in a cascade; tune a retriever, a ranker or a re-ranker")
@@ -283,7 +287,7 @@ def table_text(tuning: Tuning, most: int = 10) -> str:
     for arm in tuning.arms:
         ranked = tuning.ranked[arm.name]
         shown = ranked[:most] + [t for t in ranked[most:] if t.number == 0]
-        heads = [choice.path.removeprefix(f"{arm.name}.").removeprefix("trainer.") for choice in arm.space]
+        heads = [choice.path.removeprefix("trainer.").removeprefix(f"{arm.name}.") for choice in arm.space]
         rows = [[arm.name, f"ndcg@{tuning.k}", "seconds", *heads]]
         for trial in shown:
             name = f"{trial.number} (defaults)" if trial.number == 0 else str(trial.number)
@@ -318,6 +322,7 @@ def _next(
         params = _suggest(optuna, arm, trials, seed)
         settings = arm.settings(params)
     began = time.perf_counter()
+    before = _stopped(work, arm, number)
     score, error = None, None
     try:
         score = judge(
@@ -331,7 +336,11 @@ def _next(
         if number == 0:
             raise
         error = str(failed)
-    seconds = time.perf_counter() - began
+    except KeyboardInterrupt:
+        spent = {"number": number, "seconds": before + time.perf_counter() - began}
+        write_json(work / f"{arm.name}.stopped.json", spent)
+        raise
+    seconds = before + time.perf_counter() - began
     return Trial(
         arm=arm.name,
         number=number,
@@ -341,6 +350,15 @@ def _next(
         seconds=round(seconds, 3),
         error=error,
     )
+
+
+def _stopped(work: Path, arm: Arm, number: int) -> float:
+    """Seconds that the same trial had already taken when it was stopped."""
+    try:
+        spent = json.loads((work / f"{arm.name}.stopped.json").read_text())
+    except (OSError, ValueError):
+        return 0.0
+    return float(spent["seconds"]) if spent["number"] == number else 0.0
 
 
 def _suggest(optuna: Any, arm: Arm, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
