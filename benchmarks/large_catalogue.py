@@ -1,6 +1,6 @@
 """A catalogue of 1,000,000 items: seconds, peak memory and recall of evaluating 1,000 requests, exactly and by index, and of counting.
 
-    python benchmarks/large_catalogue.py [--items 1000000] [--requests 1000] [--dim 64] [--kinds exact ivf hnsw] [--note TEXT]
+    python benchmarks/large_catalogue.py [--items 1000000] [--requests 1000] [--dim 64] [--arms exact ivf hnsw] [--note TEXT]
 
 The log is generated: a user keeps to a few groups of near items, drawn by Zipf's law. Item vectors are planted (group centres, noise,
 lengths that differ), and a user's vector is the mean of the latest items' vectors, so a search finds something and its neighbourhoods are
@@ -44,7 +44,7 @@ from shortlist.registry import system
 RESULT = Path(__file__).parent / "results" / "large_catalogue.json"
 VECTORS = "vectors.npy"
 KINDS = ("exact", "ivf", "hnsw")
-COUNTED = ("popularity", "personal-frequency", "counts", "item-knn")
+ARMS = ("exact", "ivf", "popularity", "personal-frequency", "counts", "item-knn", "hnsw")
 USERS, DAYS, ITEMS_OF_GROUP, LATEST, K, KEEP = 4_000, 30, 100, 5, 10, 100
 LIMIT_GIB = 2.0
 
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--requests", type=int, default=1_000)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--kinds", nargs="*", default=[*KINDS, *COUNTED])
+    parser.add_argument("--arms", nargs="*", default=ARMS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -178,8 +178,11 @@ def main() -> None:
         began = time.perf_counter()
         make(Path(folder), options.items, options.dim)
         print(f"data made in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-        arms = []
-        for name in options.kinds:
+        settings = {key: getattr(options, key) for key in ("items", "requests", "dim", "threads", "note")}
+        command = f"python benchmarks/large_catalogue.py --items {options.items} --requests {options.requests} --dim {options.dim}"
+        content = {"name": "large_catalogue", "command": command, "settings": settings, "limit_gib": LIMIT_GIB}
+        arms: list[dict[str, Any]] = []
+        for name in options.arms:
             own = [sys.executable, __file__, "--arm", folder, name]
             own += ["--requests", str(options.requests), "--threads", str(options.threads)]
             done = subprocess.run(own, capture_output=True, text=True)
@@ -187,16 +190,7 @@ def main() -> None:
                 sys.exit(f"{name} failed:\n{done.stderr}")
             arms.append(json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(arms[-1]), file=sys.stderr, flush=True)
-    settings = {key: getattr(options, key) for key in ("items", "requests", "dim", "threads", "note")}
-    command = f"python benchmarks/large_catalogue.py --items {options.items} --requests {options.requests} --dim {options.dim}"
-    content = {
-        "name": "large_catalogue",
-        "command": command,
-        "settings": settings,
-        "limit_gib": LIMIT_GIB,
-        "arms": arms,
-    }
-    write_json(options.out, content | surroundings())
+            write_json(options.out, content | {"arms": arms} | surroundings())  # a later arm may be stopped
 
 
 if __name__ == "__main__":
