@@ -10,6 +10,7 @@ hashed file by file and replaced whole.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,8 +31,8 @@ PAGE, NUMBERS = "report.html", "report.json"
 NUM_EXAMPLES, NUM_RECENT, NUM_CHOSEN = 3, 6, 12
 QUICK_SECONDS = 5.0
 """After so long the report of a training begins no further baseline."""
-QUICK_ITEMS = 5_000
-"""Catalogues beyond this leave EASE, whose time grows with the cube, out of the report of a training."""
+SLOW = {"ease": 5_000, "als": 0}
+"""Baselines that the report of a training leaves out where the catalogue is larger: EASE's time grows with its cube, ALS is iterated."""
 SURFACES = {True: "Items seen before may be shown", False: "New items only"}
 
 
@@ -137,7 +138,7 @@ def judge(
     surfaces: Sequence[bool] | None = None,
     max_requests: int | None = None,
     names: Sequence[str] = BASELINES,
-    seconds: float = float("inf"),
+    seconds: float = math.inf,
 ) -> Judged:
     """The run and the simple systems on a window's requests, and a few pages to look at.
 
@@ -180,7 +181,7 @@ def report_training(run: Run, *, health: Sequence[str] | None = None, command: s
 
     Returns: the page.
     """
-    names = [name for name in BASELINES if name != "ease" or run.dataset.num_items <= QUICK_ITEMS]
+    names = [name for name in BASELINES if run.dataset.num_items <= SLOW.get(name, math.inf)]
     judged, problems = [], []
     try:
         most = run.config.learning.valid_requests
