@@ -117,6 +117,7 @@ def bars(
     for place, (value, end) in enumerate(zip(lengths, ends)):
         axis.text(end + 0.02 * widest, place, form(value), va="center", fontsize=9, color=INK)
     axis.set_xlim(0, 1.24 * widest)
+    axis.set_xticks([tick for tick in axis.get_xticks() if 0 <= tick <= widest])  # none where only the numbers stand
     axis.set_yticks(places, [_plain(name) for name in names])
     axis.tick_params(axis="y", length=0)
     axis.invert_yaxis()
