@@ -1,6 +1,7 @@
 """Exports of a run: other tools must find in the files what the run itself answers."""
 
 import json
+import zipfile
 
 import faiss
 import numpy as np
@@ -96,6 +97,8 @@ def test_rankers_score_alike_elsewhere(name, run, tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / name / "ranker.onnx"))
     program = torch.export.load(tmp_path / name / "ranker.pt2").module()
     one = [example[i["name"]][:1].clone() for i in about["inputs"]]
+    with zipfile.ZipFile(tmp_path / name / "ranker.pt2") as archive:  # nothing pickled in it
+        assert not any(b"torch._utils" in archive.read(part) for part in archive.namelist())
     few = 1 if name == "dnn" else 4
     one[-2:] = [tensor[:, :few].contiguous() for tensor in one[-2:]]  # one request
     scores = program(tuple(one[:-2]), *one[-2:])[0]
