@@ -1,7 +1,8 @@
 """Every snippet of the docs runs: python and toml blocks, and the lines of bash blocks that begin with `shortlist` or `curl`.
 
 A page runs in a folder with the files of docs_support.py, block by block, all its python in one namespace. A toml block with a title is
-written to the file of that name. `shortlist` lines run in this process; the same training is done once, for all pages. `shortlist serve` is
+written to the file of that name. `shortlist` lines run in this process; the same training is done once, for all pages,
+with --quiet and --no-report. `shortlist serve` is
 parsed, and what is asked of it by `curl` is asked of the same application without a port.
 """
 
@@ -89,7 +90,7 @@ class Reader:
         line = shlex.join(words)
         trains = words[1] == "train" and "--print-config" not in words
         if not (trains and line in self.trained):
-            succeeds(*words[1:], *(["--quiet"] if trains else []))
+            succeeds(*words[1:], *(["--quiet", "--no-report"] if trains else []))
         if trains:
             self.trained.add(line)
 

@@ -63,7 +63,8 @@ def systems_index(entries: list[Entry]) -> str:
         "",
         "# Systems",
         "",
-        "Every published system is one file and registers itself; `shortlist systems` prints this list.",
+        "Every published system is one file and registers itself; `shortlist systems` prints this list, "
+        "`shortlist new` writes the files of a new one.",
         "",
     ]
     stages = sorted({e.stage for e in entries}, key=lambda s: (_STAGES.index(s) if s in _STAGES else len(_STAGES), s))
