@@ -13,11 +13,13 @@ from shortlist.data.batches import (
     labels_of,
     next_event_batch,
     request_batch,
+    split_batch,
     target_candidates,
 )
 from shortlist.data.histories import Histories, Requests
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Categorical, FieldTable
+from shortlist.data.schema import Sequence as SequenceField
 from shortlist.data.splits import past_requests
 
 SEEDS = range(8)
@@ -233,3 +235,41 @@ def test_batches_read_memory_mapped_histories(tmp_path):
     one, two = (request_batch(h, users_table(9), past_requests(h), max_history=5) for h in (whole, mapped))
     assert one.history.items.values.tolist() == two.history.items.values.tolist()
     assert one.history.time.tolist() == two.history.time.tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cut_batch_is_the_batches_of_its_parts(seed):
+    """With histories, candidates, pair fields, labels, weights, excluded rows, and ragged user fields."""
+    histories = random_histories(seed)
+    requests = past_requests(histories)
+    lists = Jagged.from_rows([[u] * (u % 3) for u in range(histories.num_users + 1)])
+    table = users_table(histories.num_users)
+    fields = (*table.fields, SequenceField(name="tags", size=histories.num_users))
+    users = FieldTable(table.num_rows, fields, {**table.columns, "tags": lists})
+
+    def built(part: Requests) -> Batch:
+        batch = request_batch(histories, users, part, max_history=3, exclude_history=True)
+        rows = target_candidates(part)
+        number = rows.values.float()
+        return replace(batch.with_candidates(rows, {"pair": number + 1}, {"label": number + 2}), weight=number + 3)
+
+    sizes = [3, 0, 1, len(requests) - 4]
+    ends = np.cumsum(sizes)
+    parts = list(split_batch(built(requests), sizes))
+    assert [part.size for part in parts] == sizes
+    for part, end, size in zip(parts, ends, sizes):
+        wanted = built(requests.select(np.arange(end - size, end)))
+        assert flat(part) == flat(wanted)
+    with pytest.raises(ValueError, match="sizes"):
+        next(split_batch(built(requests), sizes[:-1]))
+
+
+def flat(thing: object) -> object:
+    """A batch as plain Python: what two must share to be the same."""
+    if isinstance(thing, torch.Tensor):
+        return str(thing.dtype), thing.tolist()
+    if isinstance(thing, dict):
+        return {name: flat(value) for name, value in thing.items()}
+    if hasattr(thing, "__dataclass_fields__"):
+        return {name: flat(getattr(thing, name)) for name in thing.__dataclass_fields__}
+    return thing

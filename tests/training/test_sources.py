@@ -268,3 +268,14 @@ def test_candidates_are_checked():
         build(labels={"click": torch.zeros(3)})
     with pytest.raises(ConfigError, match="num_negatives"):
         build(num_negatives=0)
+
+
+@pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
+def test_batches_built_together_are_those_built_alone(make, monkeypatch):
+    together = list(make().batches(3))
+    monkeypatch.setattr("shortlist.training.sources.REQUESTS_AT_ONCE", 1)
+    alone = list(make().batches(3))
+    assert len(together) == len(alone) > 2
+    for ours, theirs in zip(together, alone):
+        assert same(ours, theirs)
+        assert [t.dtype for t in tensors(ours)] == [t.dtype for t in tensors(theirs)]

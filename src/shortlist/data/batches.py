@@ -5,9 +5,9 @@ B requests, total = all history events (or all candidates) of the batch end to e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 from shortlist.data.histories import Histories, Int, Requests
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Column, FieldTable
+
+_C = TypeVar("_C", Tensor, Jagged, Column)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +162,48 @@ def request_batch(
         context={name: torch.from_numpy(np.array(column)) for name, column in requests.context.items()},
         excluded=excluded,
     )
+
+
+def split_batch(batch: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
+    """The batch cut into batches of so many requests, in order; they share its memory. The sizes add up to B; `targets` can not be cut."""
+    if batch.targets is not None or sum(sizes) != batch.size:
+        raise ValueError(
+            f"a batch of {batch.size} requests without next-event targets is to be cut, got sizes {list(sizes)}"
+        )
+    first = 0
+    for size in sizes:
+        last = first + size
+        items, history = _rows(batch.history.items, first, last), batch.history
+        a, b = int(history.items.offsets[first]), int(history.items.offsets[last])
+        rest = {name: getattr(history, name)[a:b] for name in ("time", "action", "value", "group")}
+        candidates, labels, weight = None, {}, None
+        if batch.candidates is not None:
+            rows = batch.candidates.rows
+            a, b = int(rows.offsets[first]), int(rows.offsets[last])
+            pair = {name: column[a:b] for name, column in batch.candidates.pair.items()}
+            candidates = Candidates(rows=_rows(rows, first, last), pair=pair)
+            labels = {task: column[a:b] for task, column in batch.labels.items()}
+            weight = None if batch.weight is None else batch.weight[a:b]
+        yield Batch(
+            user=batch.user[first:last],
+            time=batch.time[first:last],
+            history=History(items=items, **rest),
+            user_fields={name: _rows(column, first, last) for name, column in batch.user_fields.items()},
+            context={name: _rows(column, first, last) for name, column in batch.context.items()},
+            candidates=candidates,
+            labels=labels,
+            weight=weight,
+            excluded=None if batch.excluded is None else _rows(batch.excluded, first, last),
+        )
+        first = last
+
+
+def _rows(column: _C, first: int, last: int) -> _C:
+    """Rows first .. last of a column."""
+    if isinstance(column, Tensor):
+        return column[first:last]
+    offsets = column.offsets[first : last + 1]
+    return Jagged(column.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
 
 
 def target_candidates(requests: Requests) -> Jagged:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shortlist.data.batches import Batch, Candidates, next_event_batch, request_batch, target_candidates
+from shortlist.data.batches import Batch, Candidates, next_event_batch, request_batch, split_batch, target_candidates
 from shortlist.data.histories import Histories, Int, Requests, View
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import FieldTable
@@ -21,6 +21,9 @@ from shortlist.errors import ConfigError, DataError
 
 BATCHES_PER_BUCKET = 64
 """With length bucketing, so many batches are sorted by length among themselves: enough to save padding, few enough to stay random."""
+
+REQUESTS_AT_ONCE = 4_096
+"""Small batches are built together, so many requests at a time, and cut apart: most of the work of a small one is calls, not data."""
 
 
 @runtime_checkable
@@ -150,16 +153,19 @@ class TargetSource:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """See BatchSource."""
         order = _epoch_order(len(self.kept), self.batch_size, self.seed, epoch, self.lengths)
-        for step in range(start, self.steps_per_epoch()):
-            chosen = self.kept[order[step * self.batch_size : (step + 1) * self.batch_size]]
-            requests = self.requests.select(chosen)
-            batch = request_batch(self.view.histories, self.view.users, requests, max_history=self.max_history)
-            rows = target_candidates(requests)
-            if self.max_targets is not None:
-                limit = np.full(len(chosen), self.max_targets)
-                keep = _random_subset(rows, limit, _generator(self.seed, epoch, step))
-                rows = Jagged.from_lengths(rows.values[keep], _count(rows, keep))
-            yield batch.with_candidates(rows)
+        for steps in _together(start, self.steps_per_epoch(), self.batch_size):
+            parts = [self.kept[order[s * self.batch_size : (s + 1) * self.batch_size]] for s in steps]
+            requests = self.requests.select(np.concatenate(parts))
+            whole = request_batch(self.view.histories, self.view.users, requests, max_history=self.max_history)
+            whole = whole.with_candidates(target_candidates(requests))
+            for step, batch in zip(steps, split_batch(whole, [len(part) for part in parts]), strict=True):
+                yield batch if self.max_targets is None else self._some_targets(batch, epoch, step)
+
+    def _some_targets(self, batch: Batch, epoch: int, step: int) -> Batch:
+        rows = batch.candidate_rows
+        limit = np.full(batch.size, self.max_targets)
+        keep = _random_subset(rows, limit, _generator(self.seed, epoch, step))
+        return batch.with_candidates(Jagged.from_lengths(rows.values[keep], _count(rows, keep)))
 
 
 class CandidateSource:
@@ -219,17 +225,17 @@ class CandidateSource:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """See BatchSource."""
         order = _epoch_order(len(self.kept), self.batch_size, self.seed, epoch, None)
-        for step in range(start, self.steps_per_epoch()):
-            chosen = self.kept[order[step * self.batch_size : (step + 1) * self.batch_size]]
-            index, lengths_B = self._candidates_of(torch.from_numpy(chosen), epoch, step)
-            batch = request_batch(
-                self.histories, self.users, self.requests.select(chosen), max_history=self.max_history
-            )
-            yield batch.with_candidates(
-                Jagged.from_lengths(self.candidates.values[index], lengths_B),
+        for steps in _together(start, self.steps_per_epoch(), self.batch_size):
+            parts = [self.kept[order[s * self.batch_size : (s + 1) * self.batch_size]] for s in steps]
+            drawn = [self._candidates_of(torch.from_numpy(part), epoch, s) for s, part in zip(steps, parts)]
+            index = torch.cat([index for index, _ in drawn])
+            requests = self.requests.select(np.concatenate(parts))
+            batch = request_batch(self.histories, self.users, requests, max_history=self.max_history).with_candidates(
+                Jagged.from_lengths(self.candidates.values[index], torch.cat([lengths_B for _, lengths_B in drawn])),
                 {name: column[index] for name, column in self.pair.items()},
                 {task: column[index] for task, column in self.labels.items()},
             )
+            yield from split_batch(batch, [len(part) for part in parts])
 
     def _candidates_of(self, chosen_B: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         """Positions in the candidates' values of those kept for the batch, end to end, and their number per request [B]."""
@@ -242,6 +248,13 @@ class CandidateSource:
         limit_B = (_count(rows, positive) + self.num_negatives).numpy()
         keep = _random_subset(rows, limit_B, _generator(self.seed, epoch, step), first=positive)
         return index[keep], _count(rows, keep)
+
+
+def _together(start: int, steps: int, batch_size: int) -> Iterator[range]:
+    """The steps from `start` on in runs that are built at once."""
+    run = max(REQUESTS_AT_ONCE // batch_size, 1)
+    for first in range(start, steps, run):
+        yield range(first, min(first + run, steps))
 
 
 def _check_sizes(batch_size: int, max_history: int) -> None:
