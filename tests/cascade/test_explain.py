@@ -183,5 +183,11 @@ def test_a_person_without_a_past_and_a_broken_cascade():
     assert all(item.found == () for item in broken.items)
 
 
+def test_a_long_past_is_told_whole_and_read_to_a_limit(engine, monkeypatch):
+    monkeypatch.setattr(type(engine.live.cascade), "max_history", 5)
+    explained = told(engine)
+    assert (explained.num_history, explained.num_read) == (12, 5)
+
+
 def test_a_known_next_item_heads_the_list(engine):
     assert told(engine, None, history=[130]).items[0].item_id == after(130)

@@ -163,11 +163,11 @@ def test_damaged_runs_are_refused_by_every_command(damage, shop, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(shop, run)
     name = damage(run)
-    for command in ("evaluate", "recommend", "compare", "serve"):
+    for command in ("evaluate", "recommend", "compare", "serve", "explain"):
         assert name in refused(command, run), command
 
 
-@pytest.mark.parametrize("command", ["evaluate", "recommend", "compare", "serve"])
+@pytest.mark.parametrize("command", ["evaluate", "recommend", "compare", "serve", "explain"])
 def test_runs_that_are_not_there(command, tmp_path):
     assert "runs/none" in refused(command, tmp_path / "runs" / "none")
     (tmp_path / "file").write_text("x")

@@ -103,6 +103,8 @@ class Traced:
     batch: Batch | None
     """The request as the cascade got it, on the CPU; None where not even the user's past could be read."""
     page: Page
+    num_history: int
+    """Events known; the batch holds the newest of them."""
     problems: tuple[str, ...]
     """What went wrong outside the stages."""
 
@@ -247,7 +249,14 @@ class Engine:
         problems: list[str] = []
         known = self._known(live, asked, problems)
         page = self._page(live, asked, known, _rulings(live, asked, known)[0].allowed, problems)
-        return Traced(live=live, user=user, batch=known.batch, page=page, problems=tuple(problems))
+        return Traced(
+            live=live,
+            user=user,
+            batch=known.batch,
+            page=page,
+            num_history=known.num_history[0],
+            problems=tuple(problems),
+        )
 
     def recommend_many(self, users: Sequence[Id | None], k: int | None = None) -> list[Answer]:
         """Pages for many users, `config.batch_size` at a time; not written to the request log."""

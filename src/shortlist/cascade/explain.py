@@ -125,7 +125,9 @@ class Explanation:
 
     user: Id | None
     num_history: int
-    """Events that the systems could read."""
+    """Events known of the person."""
+    num_read: int
+    """The newest of them, which systems could read; what is said of the past is said of these."""
     chain: str
     near_by: str | None
     """What `Near.strength` measures; None where nothing does."""
@@ -150,7 +152,8 @@ def explain(traced: Traced, *, num_below: int = NUM_BELOW, num_near: int = NUM_N
     degraded = [*traced.problems, *(f"{t.name}: {reason}" for t in page.traces if (reason := t.degraded(0)))]
     return Explanation(
         user=traced.user,
-        num_history=0 if batch is None else len(batch.history.items.values),
+        num_history=traced.num_history,
+        num_read=0 if batch is None else len(batch.history.items.values),
         chain=page.chain,
         near_by=near_by,
         has_clock=has_clock,

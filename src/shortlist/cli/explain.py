@@ -46,7 +46,8 @@ def command(
 def explanation_lines(told: Explanation) -> Iterator[str]:
     """The explanation as text for a person."""
     who = "a person without a name" if told.user is None else f"user {told.user}"
-    yield f"{who}, {told.num_history} past events; a page of {len(told.items)} by the chain {told.chain!r}"
+    read = "" if told.num_read == told.num_history else f" (the newest {told.num_read} are read)"
+    yield f"{who}, {told.num_history} past events{read}; a page of {len(told.items)} by the chain {told.chain!r}"
     for problem in told.degraded:
         yield f"degraded: {problem}"
     for place, item in enumerate(told.items, start=1):
@@ -88,4 +89,4 @@ def _when(timestamp: int | None) -> str:
 
 
 def _name(item_id: str | int, title: str | None) -> str:
-    return str(item_id) if title is None else f"{item_id} {title}"
+    return str(item_id) if title is None else f"{item_id} {title.strip()}"
