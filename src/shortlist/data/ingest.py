@@ -46,9 +46,9 @@ _MOST_PARTS = 500
 class IngestConfig:
     """How much stands in memory at a time."""
 
-    batch_rows: int = 1_000_000
+    batch_rows: int = 500_000
     """Rows read at a time."""
-    part_rows: int = 2_000_000
+    part_rows: int = 1_000_000
     """Events sorted at a time, about: a user is never cut, so one with more events makes a larger part."""
     max_bad_share: float = 0.01
     """Share of rows without user, item or readable time above which the log is refused."""
@@ -352,15 +352,17 @@ def _sort_parts(part: Path, counts: Int, ends: Int, unit: str, num_good: int) ->
         for n, end in enumerate(ends):
             path = part / f"part-{n}.bin"
             first = int(ends[n - 1]) if n else 0
-            rows = np.fromfile(path, dtype=_SPILL)
+            spilled = np.fromfile(path, dtype=_SPILL)
+            rows = {name: np.ascontiguousarray(spilled[name]) for name in _SPILL.names or ()}
+            del spilled
             path.unlink()
-            # Row `first` of this part has number 1 in it, as `sort_events` wants its users.
-            user = rows["user"] - (first - 1)
+            keys = (rows["user"], rows["in_basket"], rows["key"])
             sorted_, row = sort_events(
-                user,
+                # Row `first` of the log is row 1 of this part.
+                rows["user"] - (first - 1),
                 rows["item"],
                 rows["time"],
-                group=dense_numbers(rows["user"], rows["in_basket"], rows["key"]),
+                group=dense_numbers(*keys),
                 action=rows["action"],
                 value=rows["value"],
                 num_users=int(end) - first,
