@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install install-dev demo test check lint clean
+.PHONY: help install install-dev demo test lint docs clean
 
 help:
 	@echo "make demo      train and evaluate the cascade on the built-in shop log, offline"
 	@echo "make test      lint, types, import contracts, all tests"
 	@echo "make lint      ruff, mypy and the import contracts alone"
+	@echo "make docs      regenerate the generated pages and build the site into site/"
 	@echo "make clean     remove .venv and caches"
 
 $(BIN)/python:
@@ -38,5 +39,10 @@ lint: install-dev
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
 
+docs: install-dev
+	$(BIN)/shortlist prove --page docs/evidence.md
+	$(BIN)/shortlist systems --pages docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -19,6 +19,7 @@ from pathlib import Path
 from shortlist.evaluation.evidence import Claim, hold_if
 CLAIM = Claim(name="c", systems=("full",), claim="A beats B.", data="none", protocol="none", bar="a > b", published={"a": {"x": 0.5}})
 LOG = Path(__file__).with_name("calls.txt")
+STOP = Path(__file__).with_name("stop.txt").read_text().split()
 
 def run(lab):
     for seed in lab.seeds:
@@ -26,7 +27,7 @@ def run(lab):
             def one():
                 with LOG.open("a") as file:
                     file.write(f"{arm}{seed}\\n")
-                if STOP == (arm, seed):
+                if STOP == [arm, str(seed)]:
                     raise RuntimeError("power cut")
                 return {"x": value, "cost:parameters": 7}
             lab.measure(arm, seed, one)
@@ -40,8 +41,9 @@ def quiet(_: str) -> None:
     pass
 
 
-def folder_with(tmp_path, stop=None):
-    (tmp_path / "c.py").write_text(f"STOP = {stop!r}\n" + FILE)
+def folder_with(tmp_path, stop=""):
+    (tmp_path / "stop.txt").write_text(stop)
+    (tmp_path / "c.py").write_text(FILE)
     return tmp_path / "c.py"
 
 
@@ -80,10 +82,19 @@ def test_a_full_run_writes_one_object_with_every_key_the_docs_need(tmp_path):
 
 def test_a_stopped_run_goes_on_where_it_was(tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
-        prove(folder_with(tmp_path, stop=("a", 1)), say=quiet)
+        prove(folder_with(tmp_path, stop="a 1"), say=quiet)
     assert not (tmp_path / "results" / "c.json").exists()
     prove(folder_with(tmp_path), say=quiet)
     assert (tmp_path / "calls.txt").read_text().split() == ["a0", "b0", "a1", "a1", "b1", "a2", "b2"]
+
+
+def test_a_changed_claim_starts_anew_and_leaves_nothing_behind(tmp_path):
+    with pytest.raises(RuntimeError, match="power cut"):
+        prove(folder_with(tmp_path, stop="a 1"), say=quiet)
+    (tmp_path / "stop.txt").write_text("")
+    (tmp_path / "c.py").write_text(FILE + "\n# another bar\n")
+    prove(tmp_path / "c.py", say=quiet)
+    assert (tmp_path / "calls.txt").read_text().split() == ["a0", "b0", "a1", "a0", "b0", "a1", "b1", "a2", "b2"]
 
 
 def test_quick_is_marked_and_not_recorded(tmp_path):
@@ -102,7 +113,8 @@ def test_page_shows_claim_arms_published_figure_and_command(tmp_path):
 @pytest.mark.parametrize("missing", ["CLAIM", "run", "judge"])
 def test_a_claim_file_that_lacks_a_part_is_named(tmp_path, missing):
     text = FILE.replace(f"{missing} =", "OTHER =").replace(f"def {missing}(", "def other(")
-    (tmp_path / "c.py").write_text("STOP = None\n" + text)
+    (tmp_path / "stop.txt").write_text("")
+    (tmp_path / "c.py").write_text(text)
     with pytest.raises(ConfigError, match=f"c.py has no {missing}"):
         prove(tmp_path / "c.py", say=quiet)
 

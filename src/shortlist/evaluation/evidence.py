@@ -18,10 +18,12 @@ What is measured once is kept beside the results until the claim is complete, so
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -125,7 +127,7 @@ class Lab:
     @property
     def scratch(self) -> Path | None:
         """Folder for checkpoints of long arms, so that one that was stopped resumes; None where nothing is kept."""
-        return None if self._kept is None else self._kept.parent / f"{self.claim.name}.work"
+        return None if self._kept is None else self._kept.with_suffix(".work")
 
     def measure(
         self,
@@ -240,13 +242,13 @@ def prove(
     Args:
         path: the claim file.
         quick: ten-second form; its record says so and is not written among the full results.
-        fresh: forget measurements of an earlier, unfinished run.
+        fresh: forget measurements of an earlier, unfinished run of this same file.
         say: where progress lines go.
     """
     claim, module = load_claim(path)
-    kept = None if quick else path.parent / "results" / ".partial" / f"{claim.name}.jsonl"
+    kept = None if quick else _kept(path)
     if kept is not None and fresh:
-        kept.unlink(missing_ok=True)
+        _forget(kept)
     started = time.perf_counter()
     with machine_lock(say):
         lab = Lab(claim, kept=kept, quick=quick, say=say)
@@ -256,8 +258,20 @@ def prove(
     result = record(claim, arms, judgement, quick=quick, seconds=time.perf_counter() - started)
     if kept is not None:
         write_json(path.parent / "results" / f"{claim.name}.json", result)
-        kept.unlink(missing_ok=True)
+        _forget(kept)
     return result
+
+
+def _kept(path: Path) -> Path:
+    """Where a claim's measurements wait for it to be complete; another place when the claim's file has changed."""
+    return (
+        path.parent / "results" / ".partial" / f"{path.stem}-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.jsonl"
+    )
+
+
+def _forget(kept: Path) -> None:
+    kept.unlink(missing_ok=True)
+    shutil.rmtree(kept.with_suffix(".work"), ignore_errors=True)
 
 
 def record(
