@@ -66,10 +66,7 @@ CLAIM = Claim(
     claim="The loss decides how good SASRec is: with the same encoder, full softmax, sampled softmax and gBCE rank far better than the "
     "original binary cross-entropy with one negative.",
     data="MovieLens-100K (943 users, 1,349 items), users and items with at least 5 events",
-    protocol=PROTOCOL
-    + " A first run with a patience of 5 "
-    "epochs failed the bar: validation on 943 users is noisy, and losses with many negatives were stopped after their fourth epoch; the "
-    "patience of 15 was set for that reason, the same for all losses.",
+    protocol=PROTOCOL,
     bar="NDCG@10 of full softmax is above BCE with one negative for every seed. No published ladder exists for so small a set; "
     "the bar was set after a preview with one seed, which scored the test window.",
 )  # fmt: skip
@@ -93,7 +90,7 @@ class Setting:
     lr: float = 1e-3
 
 
-FULL = Setting(data="ml-100k", seeds=(0, 1, 2), batch_size=32, epochs=60, patience=15)
+FULL = Setting(data="ml-100k", seeds=(0, 1, 2), batch_size=32, epochs=50, patience=5)
 QUICK = Setting(data="walks", seeds=(0,), batch_size=64, epochs=6, patience=6, dim=16, lr=1e-2)
 
 
@@ -222,7 +219,7 @@ def walks(num_items: int = 100, num_users: int = 600, length: int = 12) -> Event
 
 def judge(arms: Mapping[str, Arm]) -> Judgement:
     """The bar on every data set that was run, and how the two protocols order the losses."""
-    failures, findings = [], []
+    failures, reasons, findings = [], [], []
     sets = list(dict.fromkeys(name.split(": ")[0] for name in arms))
     for data in sets:
         mine = {loss: arms[f"{data}: {loss}"] for loss in ARMS if f"{data}: {loss}" in arms}
@@ -244,13 +241,22 @@ def judge(arms: Mapping[str, Arm]) -> Judgement:
         shown = ", ".join(f"{loss} {ratio[loss]:.2f} x" for loss in [*CHALLENGERS, AS_PUBLISHED] if loss in mine)
         best = max(LADDER, key=lambda loss: sampled[loss])
         tau = kendall([full[loss] for loss in LADDER], [sampled[loss] for loss in LADDER])
+        early = [loss for loss in mine if 0 < mine[loss].cost.get("best_epoch", 0) <= 5]
+        late = [loss for loss in mine if 0 < mine[loss].cost.get("epochs", 0) == mine[loss].cost.get("best_epoch", 0)]
+        if early:
+            reasons.append(
+                f"{data}: with the first seed {', '.join(early)} stopped by its fifth epoch: patience was too short for them"
+            )
+        if late:
+            reasons.append(
+                f"{data}: {', '.join(late)} still rose when the last epoch ended: more training would move these figures"
+            )
         findings.append(
             f"{data}: NDCG@10 against BCE: {shown}; ranked against 100 negatives the best is {best} at "
             f"{sampled[best] / max(sampled[BCE], 1e-9):.2f} x, and Kendall's tau of the five losses between the protocols is {tau:.2f}"
         )
-    passed = [data for data in sets if not any(failure.startswith(f"{data}:") for failure in failures)]
-    verdict: Verdict = "holds" if not failures else "partly" if passed else "fails"
-    return Judgement(verdict, ". ".join([*failures, *findings]) + ".")
+    verdict: Verdict = "fails" if failures else "holds"
+    return Judgement(verdict, ". ".join([*failures, *reasons, *findings]) + ".")
 
 
 def kendall(a: Sequence[float], b: Sequence[float]) -> float:

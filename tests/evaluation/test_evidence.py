@@ -97,6 +97,16 @@ def test_a_changed_claim_starts_anew_and_leaves_nothing_behind(tmp_path):
     assert (tmp_path / "calls.txt").read_text().split() == ["a0", "b0", "a1", "a0", "b0", "a1", "b1", "a2", "b2"]
 
 
+def test_recorded_measurements_can_be_judged_again(tmp_path):
+    first = prove(folder_with(tmp_path), say=quiet)
+    (tmp_path / "c.py").write_text(FILE.replace("mean > arms", "mean < arms"))
+    again = evidence.judge_again(tmp_path / "c.py")
+    assert (first["verdict"], again["verdict"]) == ("holds", "fails")
+    assert again["arms"] == json.loads(json.dumps(first["arms"]))
+    assert json.loads((tmp_path / "results" / "c.json").read_text()) == again
+    assert len((tmp_path / "calls.txt").read_text().split()) == 6
+
+
 def test_quick_is_marked_and_not_recorded(tmp_path):
     result = prove(folder_with(tmp_path), quick=True, say=quiet)
     assert result["quick"] is True

@@ -13,6 +13,9 @@ def command(
     name: Annotated[str | None, typer.Argument(help="Claim to run; without it, all claims are listed.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Ten-second version: no verdict on the full claim.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget the measurements of an unfinished run.")] = False,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Judge the recorded measurements again; measure nothing.")
+    ] = False,
     page: Annotated[Path | None, typer.Option(help="Write the page of all results (Markdown) to this file.")] = None,
     evidence: Annotated[Path | None, typer.Option(help="Folder of claims; default: evidence/ of the clone.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -40,7 +43,10 @@ def command(
         near = difflib.get_close_matches(name, files, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(files) or 'none'}"
         raise ConfigError(f"no claim named {name!r} in {folder}: {hint}")
-    result = frame.prove(files[name], quick=quick, fresh=fresh, say=lambda line: typer.echo(line, err=True))
+    if judge:
+        result = frame.judge_again(files[name])
+    else:
+        result = frame.prove(files[name], quick=quick, fresh=fresh, say=lambda line: typer.echo(line, err=True))
     if json_:
         typer.echo(json.dumps(result, indent=1))
     else:

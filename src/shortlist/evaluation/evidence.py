@@ -262,6 +262,32 @@ def prove(
     return result
 
 
+def judge_again(path: Path) -> dict[str, Any]:
+    """The recorded measurements of a claim under its present `judge`, written back; nothing is measured.
+
+    Raises ConfigError where no result is recorded.
+    """
+    claim, module = load_claim(path)
+    file = path.parent / "results" / f"{claim.name}.json"
+    if not file.exists():
+        raise ConfigError(f"{claim.name} has no recorded result to judge; run `shortlist prove {claim.name}` first")
+    result: dict[str, Any] = json.loads(file.read_text())
+    arms = {
+        arm["name"]: Arm(
+            name=arm["name"],
+            metrics={m: Interval(v["mean"], v["low"], v["high"]) for m, v in arm["metrics"].items()},
+            seeds=tuple(range(max(v["seeds"] for v in arm["metrics"].values()))),
+            per_seed={m: tuple(v["values"]) for m, v in arm["metrics"].items()},
+            cost=arm["cost"],
+        )
+        for arm in result["arms"]
+    }
+    judgement: Judgement = module.judge(arms)
+    result |= {"verdict": judgement.verdict, "reason": judgement.reason, "bar": claim.bar, "claim": claim.claim}
+    write_json(file, result)
+    return result
+
+
 def _kept(path: Path) -> Path:
     """Where a claim's measurements wait for it to be complete; another place when the claim's file has changed."""
     return (
