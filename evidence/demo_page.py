@@ -22,9 +22,9 @@ from shortlist.metrics import Interval
 
 CLAIM = Claim(
     name="demo_page",
-    systems=("dnn", "mmr", "personal-frequency", "popularity", "counts", "item-knn", "ease"),
+    systems=("dnn", "mmr", "personal-frequency", "popularity", "counts", "item-knn", "ease", "als"),
     claim="On a year of a real shop's baskets the four-stage cascade makes better pages of ten than popularity, personal frequency, "
-    "co-occurrence counts, item neighbours and EASE: with items bought before, and, trained for that, with new items only.",
+    "co-occurrence counts, item neighbours, EASE and ALS: with items bought before, and, trained for that, with new items only.",
     data="UCI Online Retail as shipped: 387,841 lines in 18,532 baskets of 4,338 customers on 3,665 items; repeat purchases are the norm",
     protocol="Split by time; every basket of the last tenth is a request with all earlier baskets as history; the whole catalogue is "
     "ranked; whole baskets are the targets. 'new' columns filter items bought before and do not count them. Settings of the cascade and "

@@ -25,7 +25,19 @@ def shop_folder(tmp_path_factory):
 
 def training(folder, out):
     tables = ("--items", folder / "items.csv", "--users", folder / "users.csv")
-    return [str(a) for a in ("train", folder / "events.csv", *tables, "--config", folder / "slow.toml", "--out", out, "--no-report")]
+    return [
+        str(a)
+        for a in (
+            "train",
+            folder / "events.csv",
+            *tables,
+            "--config",
+            folder / "slow.toml",
+            "--out",
+            out,
+            "--no-report",
+        )
+    ]
 
 
 @pytest.fixture(scope="module")

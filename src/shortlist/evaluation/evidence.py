@@ -283,7 +283,8 @@ def judge_again(path: Path) -> dict[str, Any]:
         for arm in result["arms"]
     }
     judgement: Judgement = module.judge(arms)
-    result |= {"verdict": judgement.verdict, "reason": judgement.reason, "bar": claim.bar, "claim": claim.claim}
+    told = {"claim": claim.claim, "systems": list(claim.systems), "published": dict(claim.published), "bar": claim.bar}
+    result |= {**told, "verdict": judgement.verdict, "reason": judgement.reason}
     write_json(file, result)
     return result
 
