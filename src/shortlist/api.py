@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 load = load_run
-SECTIONS = ("data", "surface", "learning", "trainer")
+SECTIONS = ("data", "roles", "surface", "learning", "trainer", "index")
 """Sections of a run's settings that are read before stages are chosen from the log."""
 
 

@@ -217,3 +217,28 @@ def test_no_command_shows_help():
     ended = shortlist()
     assert "Commands:" in ended.out + ended.err
     assert ended.code in (0, 2)
+
+
+def test_roles_may_stand_in_the_settings_and_flags_come_first(tmp_path, capsys):
+    (tmp_path / "log.csv").write_text(
+        "\n".join(["who;what;when;kind", *(f"u{i % 9};i{i % 7};{1_700_000_000 + i * 5000};x" for i in range(200))])
+    )
+    (tmp_path / "run.toml").write_text('[roles]\nuser = "who"\nitem = "kind"\ntimestamp = "when"\n')
+    from shortlist.cli import main
+
+    words = [
+        "train",
+        str(tmp_path / "log.csv"),
+        "--config",
+        str(tmp_path / "run.toml"),
+        "--out",
+        str(tmp_path / "run"),
+        "--print-config",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--item", "what"])
+    said = capsys.readouterr()
+    assert ended.value.code in (0, None)
+    assert "item = what (given)" in said.err
+    assert "user = who (given)" in said.err
+    assert '[roles]\nuser = "who"' in said.out.replace("\n\n", "\n") or 'user = "who"' in said.out

@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from shortlist.data.schema import Sequence
 from shortlist.data.splits import DataConfig
 from shortlist.errors import ConfigError, DataError
-from shortlist.evaluation.evaluate import compare, evaluate, held_out, make_pages, pager_of, without_seen_targets
+from shortlist.evaluation.evaluate import (
+    compare,
+    diversity,
+    evaluate,
+    held_out,
+    make_pages,
+    pager_of,
+    without_seen_targets,
+)
 from shortlist.evaluation.tables import comparison_markdown, comparison_text, losses_text, slices_text
 from shortlist.registry import find
 from support import last_baskets, shop_dataset
@@ -153,6 +162,21 @@ def test_reports_of_different_requests_are_not_compared(dataset):
         compare([a, b])
     with pytest.raises(ConfigError, match="no report is called"):
         compare([a], reference="c")
+
+
+def test_diversity_by_category_or_by_words(dataset):
+    """Items 1..5 are of one cluster in the planted shop; the words of two titles "thing number i" share two of four."""
+    row = dataset.item_ids.encode([f"i{i}" for i in (1, 2, 6)])
+    alike, mixed = np.array([[row[0], row[1]]]), np.array([[row[0], row[2]]])
+    assert diversity(alike, dataset) == {"diversity:cluster": 0.0}
+    assert diversity(mixed, dataset) == {"diversity:cluster": 1.0}
+    items = dataset.space.items
+    words = tuple(f for f in items.fields if isinstance(f, Sequence))
+    only_words = replace(dataset, space=replace(dataset.space, items=replace(items, fields=words)))
+    column = items.columns[words[0].name]
+    a, b = (set(column.select(torch.tensor([r])).values.tolist()) for r in (row[0], row[1]))
+    assert diversity(alike, only_words) == {f"diversity:{words[0].name}": pytest.approx(1 - len(a & b) / len(a | b))}
+    assert diversity(np.array([[row[0], 0]]), dataset) == {}
 
 
 def test_losses_read_as_words():

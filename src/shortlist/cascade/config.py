@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from shortlist.cascade.settings import Plain, build, nearest, parse_value, plain, refuse_unknown, toml
+from shortlist.data.roles import Roles
 from shortlist.data.splits import DataConfig
 from shortlist.errors import ConfigError
 from shortlist.models.base import VectorRetriever
@@ -130,6 +131,8 @@ class RunConfig:
     """All settings of a run. Without stages it is incomplete: `default_config` chooses them from what a log offers."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    roles: Roles = field(default_factory=Roles)
+    """Which column of the log plays which role, where the guess from its name is wrong; the command line's flags come before these."""
     surface: Surface = field(default_factory=Surface)
     learning: Learning = field(default_factory=Learning)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -172,6 +175,7 @@ class RunConfig:
         config = cls(
             data=build(DataConfig, _table(table, "data"), "data"),
             surface=build(Surface, _table(table, "surface"), "surface"),
+            roles=build(Roles, _table(table, "roles"), "roles"),
             learning=build(Learning, _table(table, "learning"), "learning"),
             trainer=trainer,
             trainers=trainers,
@@ -187,6 +191,7 @@ class RunConfig:
         """Nested tables with every default filled in; `from_table` gives the same run."""
         return {
             "data": plain(self.data),
+            "roles": plain(self.roles),
             "surface": plain(self.surface),
             "learning": plain(self.learning),
             "trainer": {**plain(self.trainer), **{name: dict(values) for name, values in self.trainers.items()}},
@@ -279,7 +284,7 @@ class RunConfig:
 
 
 T = TypeVar("T")
-SECTIONS = ("data", "surface", "learning", "trainer", "index", "stages", "systems")
+SECTIONS = ("data", "roles", "surface", "learning", "trainer", "index", "stages", "systems")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 

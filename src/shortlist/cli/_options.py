@@ -67,17 +67,20 @@ class LogOptions:
         Path | None, typer.Option(help="Where bad rows are kept with their reasons (Parquet or CSV).")
     ] = None
 
-    def roles(self) -> Roles | None:
-        """The roles given, None where none is."""
+    def roles(self, config: Roles | None = None) -> Roles | None:
+        """The roles given, by flag first and then by `config`; None where none is."""
+        from dataclasses import replace
+
         from shortlist.data.roles import Roles
 
         names = [f.name for f in fields(Roles) if f.name != "labels"]
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if not given and not self.label:
-            return None
-        return Roles(**given, labels=tuple(self.label or ()))
+        given: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.label:
+            given["labels"] = tuple(self.label)
+        wanted = replace(config or Roles(), **given)
+        return None if wanted == Roles() else wanted
 
-    def open(self, default_quarantine: Path | None = None) -> EventLog:
+    def open(self, default_quarantine: Path | None = None, config_roles: Roles | None = None) -> EventLog:
         """Read the log at the path, or the data set of that name. Bad rows go to `quarantine`, else to `default_quarantine`."""
         from shortlist.data.datasets import load, names
         from shortlist.data.log import read
@@ -95,7 +98,7 @@ class LogOptions:
             Path(self.source),
             items=self.items,
             users=self.users,
-            roles=self.roles(),
+            roles=self.roles(config_roles),
             separator=self.separator,
             quarantine=self.quarantine or default_quarantine,
             max_bad_share=self.max_bad_share,

@@ -14,6 +14,7 @@ from shortlist.cli._options import Json, LogOptions, Quiet, Settings, called_as,
 if TYPE_CHECKING:
     from shortlist.cascade.run import Run
     from shortlist.data.log import EventLog
+    from shortlist.data.roles import Roles
 
 
 @with_log
@@ -48,8 +49,9 @@ def command(
     wanted = (
         RunConfig.from_toml(config) if config else None
     )  # before the log: a wrong setting should not cost a long read
-    events = log.open(default_quarantine=out.with_name(f"{out.name}.quarantine.csv"))
-    for line in _reading(log, events):
+    roles = wanted.roles if wanted else None
+    events = log.open(out.with_name(f"{out.name}.quarantine.csv"), roles)
+    for line in _reading(events, log.roles(roles)):
         say(line)
     dataset, run_config = settle(events, wanted, settings or ())
     if print_config:
@@ -87,15 +89,13 @@ def _report(run: Run, events: EventLog, began: float) -> Path:
     return report_training(run, health=check(events).sentences(), command=called_as(), seconds=seconds)
 
 
-def _reading(log: LogOptions, events: object) -> list[str]:
+def _reading(events: EventLog, given: Roles | None) -> list[str]:
     """What was read and how it was understood."""
-    from shortlist.data.log import EventLog
     from shortlist.data.roles import describe_roles
 
-    assert isinstance(events, EventLog)
     lines = [
         f"{events.source}: {events.events.height:,} events",
-        *describe_roles(events.roles, log.roles()),
+        *describe_roles(events.roles, given),
         *events.notes,
     ]
     if events.quarantined.total:

@@ -24,6 +24,7 @@ from shortlist.cascade.lessons import chunks
 from shortlist.data.batches import Batch, request_batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Histories, Int, Requests
+from shortlist.data.schema import Categorical, Sequence
 from shortlist.errors import ConfigError, DataError
 from shortlist.metrics import Interval, ranking
 from shortlist.metrics import beyond as reach
@@ -243,7 +244,7 @@ def over_users(top: NDArray[np.float64], bottom: NDArray[np.float64], users: Int
 
 
 def page_statistics(rows: Int, dataset: Dataset, window: Window) -> dict[str, float]:
-    """Coverage, Gini of exposure and novelty of pages [R, k]; coverage alone where every page is empty."""
+    """Coverage, Gini of exposure, novelty and diversity of pages [R, k]; coverage alone where every page is empty."""
     if not rows.any():
         return {"coverage": 0.0}
     histories = dataset.view(window).histories
@@ -252,7 +253,30 @@ def page_statistics(rows: Int, dataset: Dataset, window: Window) -> dict[str, fl
         "coverage": reach.coverage(rows, dataset.space.num_items),
         "gini": reach.gini(rows, dataset.space.num_items),
         "novelty": float(np.nanmean(reach.novelty(rows, counts))),
+        **diversity(rows, dataset),
     }
+
+
+def diversity(rows: Int, dataset: Dataset) -> dict[str, float]:
+    """Mean difference of the pairs of a page [R, k]: by the first categorical item field, else by the first one that holds sets, such
+    as genres or the words of a title (Jaccard distance). Nothing where there is no such field or no page holds two items.
+    """
+    fields = dataset.space.items.fields
+    chosen = next(
+        (f for f in fields if isinstance(f, Categorical)), next((f for f in fields if isinstance(f, Sequence)), None)
+    )
+    if chosen is None or (rows > 0).sum(1).max(initial=0) < 2:
+        return {}
+    column = dataset.space.items.columns[chosen.name]
+    if isinstance(column, Tensor):
+        per_page = reach.category_diversity(rows, column.numpy())
+    else:
+        shown = np.union1d([0], rows)  # only these need a row of the multi-hot table
+        sets = column.select(torch.from_numpy(shown))
+        table_SG = np.zeros((len(shown), chosen.size + 1), dtype=np.int8)
+        table_SG[sets.row_of_value.numpy(), sets.values.numpy()] = 1
+        per_page = reach.genre_diversity(np.searchsorted(shown, rows), table_SG)
+    return {f"diversity:{chosen.name}": float(np.nanmean(per_page))}
 
 
 def by_history_length(
