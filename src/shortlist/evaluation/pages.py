@@ -24,7 +24,6 @@ from shortlist.evaluation.systems_table import settings_of
 from shortlist.models.base import RequestShape, System
 from shortlist.registry import Entry, find, systems
 
-SOURCE = "https://github.com/shortlist-engine/shortlist/blob/main/src/"
 MADE = "<!-- Made by `shortlist systems --pages docs`; do not edit. -->"
 NUMBERS = "<!-- numbers -->"
 """Where the built site puts the recorded results."""
@@ -86,7 +85,7 @@ def system_page(entry: Entry) -> str:
         MADE,
         f"# {entry.name}",
         inspect.getdoc(entry.cls) or "",
-        f"A **{entry.kind}** for **{entry.stage}**. Source: {entry.paper}. Code: [`{path}`]({SOURCE}{path}).",
+        f"A **{entry.kind}** for **{entry.stage}**. Source: {entry.paper}. Code: `src/{path}`.",
         "## Idea",
         docstrings.to_markdown(idea),
     ]
