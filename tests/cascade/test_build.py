@@ -430,3 +430,14 @@ def test_a_trainer_setting_that_was_asked_for_reaches_the_chosen_systems():
     asked = default_config(dataset, RunConfig().override("trainer.epochs=1"))
     assert {asked.trainer_of(name).epochs for name in asked.systems} == {1}
     assert {default_config(dataset).trainer_of(name).epochs for name in ("light",)} != {1}
+
+
+def test_a_cascade_below_its_own_retriever_is_told(tmp_path, capsys):
+    """The last stage turns every page round, so the retriever alone is better."""
+    dataset = build_dataset(read(shop_log(planted_histories(60))))
+    upside_down = RunConfig.from_toml(FUNNEL).override('stages.re-ranking.systems=["tiny-reverse"]', "trainer.epochs=1")
+    run = train_cascade(dataset, upside_down, tmp_path / "run", progress=True)
+    valid = run.metrics["validation"]
+    assert valid["best_alone"]["ndcg@4"] == max(s["ndcg"] for s in run.metrics["systems"] if s["stage"] == "retrieval")
+    told = f"note: {valid['best_alone']['name']} alone makes better pages" in capsys.readouterr().err
+    assert told == (valid["best_alone"]["ndcg@4"] > valid["ndcg@4"])

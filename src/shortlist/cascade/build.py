@@ -359,10 +359,18 @@ class _Builder:
         self.say(
             f"cascade: validation ndcg@{k} {ndcg:.4f}, {time.perf_counter() - began:.1f} s for {len(self.valid):,} requests"
         )
+        first = [report for report in self.reports if report.stage == self.config.stages[0].name]
+        alone = max(first, key=lambda report: report.ndcg)
+        if alone.ndcg > ndcg:
+            self.say(
+                f"note: {alone.name} alone makes better pages here ({alone.ndcg:.4f}) than the whole cascade; give the later stages more "
+                "to learn from (data.fit_share, learning.fit_requests, trainer.epochs), or leave them out"
+            )
         return {
             "validation": {
                 "requests": len(self.valid),
                 f"ndcg@{k}": ndcg,
+                "best_alone": {"name": alone.name, f"ndcg@{k}": alone.ndcg},
                 f"recall@{k}": float(ranking.recall(judged, k).mean()),
                 f"hr@{k}": float(ranking.hit_rate(judged, k).mean()),
                 "lost_at": attribute_losses([stage.stage for stage in stages], lost),

@@ -81,7 +81,7 @@ def run_demo(
         say()
     valid = judge(run, "valid", max_requests=run.config.learning.valid_requests)
     seconds = time.perf_counter() - began
-    page = write_report(run, [valid, test], health=[*health, ATTRIBUTION], command=command, seconds=seconds)
+    page = write_report(run, [valid, test], health=health, command=command, seconds=seconds)
     say(f"{seconds:.0f} s in all. The run is in {out}, the report in {page}.")
     say(f"Next: shortlist recommend {out} --user 17850    shortlist serve {out}")
     result: dict[str, Any] = json.loads((page.parent / NUMBERS).read_text())
