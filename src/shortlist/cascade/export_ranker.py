@@ -320,6 +320,7 @@ def _onnx_scorer(path: Path, inputs: list[str]) -> Scorer:
     read = {given.name for given in session.get_inputs()}
 
     def score(given: Sequence[Tensor]) -> list[Tensor]:
+        """Scores [B, C] per task."""
         feed = {name: tensor.numpy() for name, tensor in zip(inputs, given) if name in read}
         return [torch.from_numpy(scores) for scores in session.run(None, feed)]
 
