@@ -83,7 +83,7 @@ class Entry:
         known = list(getattr(self.cls.Config, "__dataclass_fields__", {}))  # type: ignore[attr-defined]
         for key in settings or {}:
             if key not in known:
-                raise ConfigError(f"{self.name} has no setting {key!r}: {_nearest(key, known)}")
+                raise ConfigError(f"{self.name} has no setting {key!r}: {nearest(key, known)}")
         return self.cls.Config(**(settings or {}))  # type: ignore[attr-defined]
 
 
@@ -148,7 +148,7 @@ def find(name: str) -> Entry:
     discover()
     if name not in _ENTRIES:
         raise UnknownSystem(
-            f"no system named {name!r}: {_nearest(name, list(_ENTRIES), 'run `shortlist systems` for the list')}"
+            f"no system named {name!r}: {nearest(name, list(_ENTRIES), 'run `shortlist systems` for the list')}"
         )
     return _ENTRIES[name]
 
@@ -182,6 +182,9 @@ def _import_folder(folder: Path) -> None:
         spec.loader.exec_module(module)
 
 
-def _nearest(name: str, known: list[str], otherwise: str = "") -> str:
+def nearest(name: str, known: list[str], otherwise: str = "") -> str:
+    """What to say of a name that is not known: up to three that look like it, else `otherwise`, else all that are known."""
     near = difflib.get_close_matches(name, known, n=3)
-    return f"did you mean {' or '.join(near)}?" if near else otherwise or f"known are {', '.join(sorted(known))}"
+    return (
+        f"did you mean {' or '.join(near)}?" if near else otherwise or f"known are {', '.join(sorted(known)) or 'none'}"
+    )

@@ -34,7 +34,7 @@ from shortlist.cascade.cascade import stage_space
 from shortlist.cascade.exports import CHECKED_REQUESTS, TOLERANCE, ExportDiffers, chosen, differs, write_export
 from shortlist.cascade.lessons import make_batch, sample
 from shortlist.cascade.run import Run
-from shortlist.data.batches import Batch, Candidates
+from shortlist.data.batches import Batch, Candidates, split_batch
 from shortlist.data.jagged import Jagged
 from shortlist.errors import ConfigError, DataError
 from shortlist.extras import library
@@ -219,31 +219,8 @@ def _real_batch(run: Run, name: str) -> Batch:
 
 def _first(batch: Batch, count: int) -> Batch:
     """The first requests of a batch with what belongs to them."""
-    index = torch.arange(min(count, batch.size))
-    history, candidates = batch.history, batch.candidates
-    assert candidates is not None
-    where, events = candidates.rows.value_index(index), history.items.value_index(index)
-    pick = {n: c.select(index) if isinstance(c, Jagged) else c[index] for n, c in batch.user_fields.items()}
-    context = {n: c.select(index) if isinstance(c, Jagged) else c[index] for n, c in batch.context.items()}
-    return replace(
-        batch,
-        user=batch.user[index],
-        time=batch.time[index],
-        history=replace(
-            history,
-            items=history.items.select(index),
-            time=history.time[events],
-            action=history.action[events],
-            value=history.value[events],
-            group=history.group[events],
-        ),
-        user_fields=pick,
-        context=context,
-        candidates=Candidates(
-            rows=candidates.rows.select(index), pair={n: column[where] for n, column in candidates.pair.items()}
-        ),
-        excluded=None,
-    )
+    size = min(count, batch.size)
+    return next(split_batch(batch, [size, batch.size - size]))
 
 
 def _state_of(ranker: Ranker, batch: Batch, name: str) -> tuple[tuple[str, ...], Callable[..., Any]]:

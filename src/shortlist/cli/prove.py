@@ -24,10 +24,9 @@ def command(
 
     Example: shortlist prove demo_page --quick
     """
-    import difflib
-
     from shortlist.errors import ConfigError
     from shortlist.evaluation import evidence as frame
+    from shortlist.registry import nearest
 
     folder = frame.evidence_folder(evidence)
     files = frame.claim_files(folder)
@@ -40,9 +39,7 @@ def command(
         typer.echo(json.dumps(listed, indent=1) if json_ else "\n".join(frame.listing_lines(listed)))
         return
     if name not in files:
-        near = difflib.get_close_matches(name, files, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(files) or 'none'}"
-        raise ConfigError(f"no claim named {name!r} in {folder}: {hint}")
+        raise ConfigError(f"no claim named {name!r} in {folder}: {nearest(name, list(files))}")
     if judge:
         result = frame.judge_again(files[name])
     else:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shortlist.data.histories import Histories, Int, Requests
+from shortlist.data.histories import Histories, Int, Requests, ranges
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Column, FieldTable
 
@@ -147,12 +147,12 @@ def request_batch(
         exclude_history: forbid retrieval of everything in the (uncut) history, for surfaces that never repeat.
     """
     start = np.maximum(requests.start, requests.end - max_history)
-    index, lengths = _ranges(start, requests.end)
+    index, lengths = ranges(start, requests.end)
     history = _history(histories, index, lengths)
     known = torch.from_numpy(np.where(requests.user < users.num_rows, requests.user, 0))
     excluded = None
     if exclude_history:
-        seen, seen_lengths = _ranges(requests.start, requests.end)
+        seen, seen_lengths = ranges(requests.start, requests.end)
         excluded = Jagged.from_lengths(torch.from_numpy(histories.item[seen]), torch.from_numpy(seen_lengths))
     return Batch(
         user=known,
@@ -250,12 +250,12 @@ def next_event_batch(
     stop = histories.offsets[user_rows + 1] if ends is None else ends
     # Drop the last group from the inputs: it is only ever a target.
     last_group = _newest(histories.group, start, stop, otherwise=-1)
-    index, lengths = _ranges(start, stop)
+    index, lengths = ranges(start, stop)
     owner = np.repeat(np.arange(len(user_rows)), lengths)
     is_input = histories.group[index] != last_group[owner]
     input_end = start + np.bincount(owner, weights=is_input, minlength=len(user_rows)).astype(np.int64)
     input_start = np.maximum(start, input_end - max_history)
-    kept, kept_lengths = _ranges(input_start, input_end)
+    kept, kept_lengths = ranges(input_start, input_end)
     owner = np.repeat(np.arange(len(user_rows)), kept_lengths)
 
     # An input position is supervised when the event after it opens a new group (true by construction for the last input).
@@ -268,7 +268,7 @@ def next_event_batch(
     same_user = owner[position][1:] == owner[position][:-1]
     group_end = stop[owner[position]]
     group_end[:-1] = np.where(same_user, boundaries[1:-1], group_end[:-1])
-    targets, target_lengths = _ranges(first_target, group_end)
+    targets, target_lengths = ranges(first_target, group_end)
     rows, row_lengths = _distinct(histories.item[targets], target_lengths)
     weight = np.repeat(1.0 / np.maximum(row_lengths, 1), row_lengths).astype(np.float32)
 
@@ -302,13 +302,6 @@ def _newest(values: Int, start: Int, stop: Int, *, otherwise: int) -> Int:
     filled = stop > start
     newest[filled] = values[stop[filled] - 1]
     return newest
-
-
-def _ranges(start: Int, end: Int) -> tuple[Int, Int]:
-    """Indices start[i] .. end[i] of all rows end to end, and the lengths [B]."""
-    lengths = np.maximum(end - start, 0)
-    shift = start - (np.cumsum(lengths) - lengths)
-    return np.arange(lengths.sum()) + np.repeat(shift, lengths), lengths
 
 
 def _distinct(values: Int, lengths: Int) -> tuple[Int, Int]:

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from shortlist.data.histories import Histories, Int
+from shortlist.data.histories import Histories, Int, ranges
 from shortlist.data.log import EventLog
 from shortlist.data.sorting import stable_order
 from shortlist.data.vocabulary import Vocabulary
@@ -154,9 +154,7 @@ def sort_events(
 
 def events_of(histories: Histories, users: Int) -> Int:
     """Indices of all events of the given user rows [n], end to end."""
-    lengths = histories.offsets[users + 1] - histories.offsets[users]
-    shift = histories.offsets[users] - (np.cumsum(lengths) - lengths)
-    return np.arange(lengths.sum()) + np.repeat(shift, lengths)
+    return ranges(histories.offsets[users], histories.offsets[users + 1])[0]
 
 
 def _number_pairs(first: Int, second: Int) -> Int:

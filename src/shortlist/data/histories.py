@@ -127,10 +127,8 @@ class Requests:
 
     def select(self, index: Int) -> Requests:
         """Requests `index` [n], in the given order."""
-        first = self.target_offsets[:-1][index]
-        lengths = self.target_offsets[1:][index] - first
+        where, lengths = ranges(self.target_offsets[:-1][index], self.target_offsets[1:][index])
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        where = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)
         return replace(
             self,
             user=self.user[index],
@@ -172,3 +170,10 @@ class View:
     """Seconds: the cut. No event in `histories` is later, unless the protocol cuts per user."""
     repeats: bool = True
     """True where items already seen may be shown again on this surface."""
+
+
+def ranges(start: Int, end: Int) -> tuple[Int, Int]:
+    """Indices start[i] .. end[i] of all rows end to end, and the lengths [B]; a row that ends before it starts is empty."""
+    lengths = np.maximum(end - start, 0)
+    shift = start - (np.cumsum(lengths) - lengths)
+    return np.arange(lengths.sum()) + np.repeat(shift, lengths), lengths

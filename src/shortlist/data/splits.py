@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shortlist.data.histories import Histories, Int, Requests
+from shortlist.data.histories import Histories, Int, Requests, ranges
 from shortlist.data.sorting import first_of_equal
 from shortlist.errors import ConfigError, DataError
 
@@ -359,8 +359,7 @@ def _requests(
     histories: Histories, start: Int, end: Int, is_target: Bools | None, repeats: bool, context: Columns | None
 ) -> Requests:
     """Ask for the groups start[r] .. end[r], each from all that its user did before."""
-    lengths = end - start
-    event = np.arange(lengths.sum()) + np.repeat(start - (np.cumsum(lengths) - lengths), lengths)
+    event, lengths = ranges(start, end)
     request = np.repeat(np.arange(len(start)), lengths)
     keep = np.ones(len(event), dtype=bool) if is_target is None else np.array(is_target[event])
     if not repeats:

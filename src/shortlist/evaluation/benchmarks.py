@@ -11,7 +11,6 @@ which adds the command, hardware, versions, commit and date. `machine_lock` (eva
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import os
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 
 from shortlist.errors import ConfigError, DataError
 from shortlist.evaluation.evidence import MEASURING, machine_lock, surroundings, write_json
+from shortlist.registry import nearest
 
 
 def record(result: Path, figures: Mapping[str, Any], *, quick: bool, out: Path | None = None) -> Path | None:
@@ -111,9 +111,7 @@ def run(
     """
     known = {row["name"]: row for row in listing(folder)}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known) or 'none'}"
-        raise ConfigError(f"no benchmark named {name!r} in {folder}: {hint}")
+        raise ConfigError(f"no benchmark named {name!r} in {folder}: {nearest(name, list(known))}")
     if quick and not known[name]["quick"]:
         raise ConfigError(f"the benchmark {name} has no quick form; leave --quick out")
     with tempfile.TemporaryDirectory() as scratch, nullcontext() if quick else machine_lock(say):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from shortlist.cascade.lessons import CHUNK as CHUNK
 from shortlist.cascade.lessons import chunks
 from shortlist.data.batches import Batch, request_batch
 from shortlist.data.dataset import Dataset
-from shortlist.data.histories import Histories, Int, Requests
+from shortlist.data.histories import Histories, Int, Requests, ranges
 from shortlist.data.schema import Categorical, Sequence
 from shortlist.errors import ConfigError, DataError
 from shortlist.metrics import Interval, ranking
@@ -117,21 +117,16 @@ def held_out(
 def without_seen_targets(histories: Histories, requests: Requests) -> Requests:
     """The requests with only those targets that their history does not hold; those left without a target are dropped."""
     width = int(max(histories.item.max(initial=0), requests.target.max(initial=0))) + 1
-    lengths = requests.end - requests.start
-    where = np.arange(lengths.sum()) + np.repeat(requests.start - (np.cumsum(lengths) - lengths), lengths)
+    where, lengths = ranges(requests.start, requests.end)
     seen = np.unique(np.repeat(np.arange(len(requests)), lengths) * width + histories.item[where])
     request_of_target = np.repeat(np.arange(len(requests)), np.diff(requests.target_offsets))
     fresh = ~np.isin(request_of_target * width + requests.target, seen)
     counts = np.bincount(request_of_target[fresh], minlength=len(requests))
-    kept = Requests(
-        user=requests.user,
-        time=requests.time,
-        start=requests.start,
-        end=requests.end,
+    kept = replace(
+        requests,
         target_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         target=requests.target[fresh],
         target_value=requests.target_value[fresh],
-        context=requests.context,
     )
     return kept.select(np.flatnonzero(counts))
 

@@ -39,6 +39,7 @@ from typing import Any, Literal
 from shortlist.errors import ConfigError, DataError
 from shortlist.metrics import Interval
 from shortlist.metrics.intervals import seed_interval
+from shortlist.training.checkpoint import write_atomically
 
 Verdict = Literal["holds", "fails", "partly"]
 MEASURING = "SHORTLIST_MEASURING"
@@ -386,9 +387,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a file to write to")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    beside.replace(path)
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
