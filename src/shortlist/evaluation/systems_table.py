@@ -88,7 +88,14 @@ def _default(f: dataclasses.Field[Any]) -> str:
 
 
 def sentences(cls: type) -> dict[str, str]:
-    """The string under each annotated field of a class, by field; empty where there is none."""
+    """The string under each annotated field of a class or of the classes it extends, by field; empty where there is none."""
+    found: dict[str, str] = {}
+    for owner in reversed(cls.__mro__[:-1]):
+        found |= _own_sentences(owner)
+    return found
+
+
+def _own_sentences(cls: type) -> dict[str, str]:
     import ast
 
     try:

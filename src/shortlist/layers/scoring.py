@@ -7,12 +7,13 @@ request's side, V of a candidate's side, W of the first hidden layer, F fields, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from shortlist.data.batches import Batch, History
+from shortlist.data.batches import Batch, Candidates, History
 from shortlist.data.schema import Numeric, Space
 from shortlist.embeddings.base import Table, TableChoice, dropped_ids, make_table
 from shortlist.errors import ConfigError, DataError
@@ -173,6 +174,86 @@ class EventMarks(nn.Module):
         else:
             age_E = (history.items.lengths[row_E] - 1 - history.items.position_of_value).float()
         return torch.log2(1 + age_E).long().clamp(max=NUM_RECENCY_BUCKETS - 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """Settings of the tower that ends a ranker of long histories, the same for all of them."""
+
+    widths: tuple[int, ...] = (128, 64)
+    """Hidden widths of the tower."""
+    activation: Activation = "dice"
+    """Of the tower's hidden layers."""
+    dropout: float = 0.1
+    """Share of hidden units set to 0 in training."""
+    norm: Norm = "none"
+    """Of the tower's hidden layers."""
+    use_user_ids: bool = False
+    """Read the user's own id row; unknown users read the unknown row."""
+    id_dropout: float = 0.05
+    """Share of user id rows replaced by the unknown row in training."""
+    pair_bins: int = 8
+    """Bins of the piecewise-linear curve that each pair field may take; 0 = linear."""
+    loss: RankingLoss = "softmax"
+    """softmax over a request's candidates; bce gives scores that are logits of a probability. Rows with one candidate use bce."""
+
+    def check(self, system: str) -> None:
+        """Raises ConfigError, in the name of `system`, where a number is out of range."""
+        if self.pair_bins < 0:
+            raise ConfigError(f"{system}: head.pair_bins must be at least 0, got {self.pair_bins}")
+        for name in ("dropout", "id_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{system}: head.{name} must be from 0 to below 1, got {getattr(self, name)}")
+        if self.loss not in ("softmax", "bce"):
+            raise ConfigError(f"{system}: head.loss must be softmax or bce, got {self.loss!r}")
+
+
+class CandidateHead(nn.Module):
+    """The end of a ranker: a tower over user, context, pair fields and what the model found out about each candidate.
+
+    Args:
+        space: user, context and pair fields, tasks.
+        dim: D, width of a field's vector.
+        width: V of what the model gives per candidate.
+        config: settings.
+        table: of the users' id rows.
+    """
+
+    def __init__(
+        self, space: Space, dim: int, width: int, config: HeadConfig, *, table: TableChoice | None = None
+    ) -> None:
+        super().__init__()
+        self.tasks = space.tasks
+        self.loss = config.loss
+        self.request = RequestEncoder(
+            space, dim, use_user_ids=config.use_user_ids, id_dropout=config.id_dropout, table=table
+        )
+        self.pair = PairFeatures(space.pair_fields, config.pair_bins)
+        self.tower = SplitMLP(
+            self.request.width,
+            width + self.pair.width,
+            config.widths,
+            len(space.tasks),
+            activation=config.activation,
+            dropout=config.dropout,
+            norm=config.norm,
+        )
+        self.request_flops = linear_flops(self.request) + self.tower.request_flops
+        self.candidate_flops = self.tower.candidate_flops
+
+    def request_side(self, batch: Batch) -> Tensor:
+        """float32 [B, W]: the request's share of the tower's first layer, made once per request."""
+        return self.tower.request_side(self.request(batch))
+
+    def forward(self, request_BW: Tensor, candidates: Candidates, candidate_tV: Tensor) -> dict[str, Tensor]:
+        """Logits [t] per task for what the model found out about the candidates, [t, V]."""
+        side_tV = torch.cat([candidate_tV, self.pair(candidates.pair, len(candidate_tV))], dim=1)
+        logit_tT = self.tower(request_BW, side_tV, candidates.rows.row_of_value)
+        return dict(zip(self.tasks, logit_tT.unbind(1), strict=True))
+
+    def losses(self, scores: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        """One loss per task from logits [t]; see `task_losses`."""
+        return task_losses(scores, batch, self.loss)
 
 
 def task_losses(scores: Mapping[str, Tensor], batch: Batch, loss: RankingLoss) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ from shortlist.data.jagged import Jagged
 from shortlist.data.schema import FieldTable, Space
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
+from shortlist.layers.next_item import _items_of_users
 from shortlist.models.base import RequestShape
-from shortlist.models.retrieval.sasrec import SASRec, SASRecConfig, _items_of_users
+from shortlist.models.retrieval.sasrec import SASRec, SASRecConfig
 from shortlist.registry import find
 from support import NUM_ITEMS, PER_CLUSTER, planted_space, planted_view, training_batch
 
@@ -178,7 +179,7 @@ def test_bce_is_the_papers_formula(monkeypatch):
     view, batch = two_baskets()
     model = make(view, init_std=0.3, loss="bce")
     negatives = torch.tensor([[8], [9], [8]])
-    monkeypatch.setattr("shortlist.models.retrieval.sasrec.draw_outside", lambda *_: negatives)
+    monkeypatch.setattr("shortlist.layers.next_item.draw_outside", lambda *_: negatives)
     hidden = dense(model, torch.tensor([[1, 2], [5, 6]]))
     score = hidden @ model.items.all().T
 
@@ -196,8 +197,8 @@ def test_the_offset_of_many_negatives_starts_at_their_number_and_shifts_every_sc
     settings = {"init_std": 0.3, "loss": "bce_k", "num_negatives": 9}  # all items, so the draw does not matter
     model = make(view, **settings)
     plain = make(view, **settings, learn_offset=False)
-    assert model.offset.item() == pytest.approx(-np.log(9))
-    assert plain.offset is None
+    assert model.objective.offset.item() == pytest.approx(-np.log(9))
+    assert plain.objective.offset is None
     hidden = dense(plain, torch.tensor([[1, 2], [5, 6]]))
     score = hidden @ plain.items.all().T - np.log(9)
     total = torch.zeros(())
@@ -207,8 +208,8 @@ def test_the_offset_of_many_negatives_starts_at_their_number_and_shifts_every_sc
             pair = -(logsigmoid(query[target]) + logsigmoid(-query[others]).sum()) / 10
             total = total + pair / len(targets) / 3
     torch.testing.assert_close(model.losses(batch)["next"], total)
-    assert "offset" in model.state_dict()
-    assert make(view, loss="bce").offset is None  # one negative needs none, and the paper has none
+    assert "objective.offset" in model.state_dict()
+    assert make(view, loss="bce").objective.offset is None  # one negative needs none, and the paper has none
 
 
 def test_bce_negatives_avoid_the_users_own_training_items():

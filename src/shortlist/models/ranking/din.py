@@ -36,15 +36,13 @@ from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.scoring import (
+    CandidateHead,
     EventMarks,
-    PairFeatures,
+    HeadConfig,
     RankingLoss,
     Recency,
-    RequestEncoder,
-    SplitMLP,
     dense_bytes,
     linear_flops,
-    task_losses,
 )
 from shortlist.layers.towers import MLP, Activation, Norm
 from shortlist.models.base import Cost, Losses, Ranker, RequestShape, Scores
@@ -93,6 +91,19 @@ class DINConfig:
     """(candidate, event) pairs, padding included, in memory at a time when scoring; training holds all of a batch's for its gradient."""
     table: TableChoice = TableChoice()  # noqa: RUF009  (frozen)
     """Which table holds the id rows."""
+
+    def head(self) -> HeadConfig:
+        """Settings of the tower."""
+        return HeadConfig(
+            widths=self.widths,
+            activation=self.activation,
+            dropout=self.dropout,
+            norm=self.norm,
+            use_user_ids=self.use_user_ids,
+            id_dropout=self.id_dropout,
+            pair_bins=self.pair_bins,
+            loss=self.loss,
+        )
 
     def __post_init__(self) -> None:
         for name, least in (("dim", 1), ("max_history", 1), ("pairs_at_once", 1), ("pair_bins", 0), ("mba", 0)):
@@ -178,19 +189,9 @@ class DIN(Ranker):
         readable = space if config.use_ids else replace(space, known_items=torch.zeros_like(space.known_items))
         self.items = ItemEncoder(readable, config.dim, id_dropout=config.id_dropout, table=config.table)
         self.marks = EventMarks(space, config.dim, config.recency)
-        self.request = RequestEncoder(
-            space, config.dim, use_user_ids=config.use_user_ids, id_dropout=config.id_dropout, table=config.table
-        )
-        self.pair = PairFeatures(space.pair_fields, config.pair_bins)
         self.unit = ActivationUnit(config.dim, config.unit_widths, config.activation)
-        self.head = SplitMLP(
-            self.request.width,
-            (3 if config.cross else 2) * config.dim + self.pair.width,
-            config.widths,
-            len(space.tasks),
-            activation=config.activation,
-            dropout=config.dropout,
-            norm=config.norm,
+        self.head = CandidateHead(
+            space, config.dim, (3 if config.cross else 2) * config.dim, config.head(), table=config.table
         )
         self.buffer("num_events", torch.ones(space.num_items + 1))
 
@@ -205,18 +206,17 @@ class DIN(Ranker):
         history = batch.history.last(self.max_history)
         past_ED = self.marks(self.items(history.items.values), history, batch.time)
         past_BLD, is_real_BL = history.items.with_values(past_ED).padded()
-        return DINState(past_BLD, is_real_BL, self.head.request_side(self.request(batch)))
+        return DINState(past_BLD, is_real_BL, self.head.request_side(batch))
 
     def score_candidates(self, state: DINState, candidates: Candidates) -> Scores:
         """Logits [t] per task."""
         rows = candidates.rows
         item_tD = self.items(rows.values)
         interest_tD = self.interest(state, rows.with_values(item_tD))
-        parts = [item_tD, interest_tD, self.pair(candidates.pair, len(item_tD))]
+        parts = [item_tD, interest_tD]
         if self.config.cross:
             parts.append(item_tD * interest_tD)
-        logit_tT = self.head(state.request_BW, torch.cat(parts, dim=1), rows.row_of_value)
-        return dict(zip(self.space.tasks, logit_tT.unbind(1)))
+        return self.head(state.request_BW, candidates, torch.cat(parts, dim=1))
 
     def interest(self, state: DINState, items: Jagged) -> Tensor:
         """The user as each candidate sees them (equation 3), float32 [t, D]; 0 where there is no history.
@@ -262,7 +262,7 @@ class DIN(Ranker):
 
     def losses(self, batch: Batch) -> Losses:
         """By task, as `config.loss` says; the regulariser is added to the first."""
-        losses = task_losses(self.score(batch), batch, self.config.loss)
+        losses = self.head.losses(self.score(batch), batch)
         if self.config.mba:
             losses[self.space.tasks[0]] = losses[self.space.tasks[0]] + self.regulariser(batch)
         return losses
@@ -281,7 +281,7 @@ class DIN(Ranker):
         """Once: vectors of the past and the request's layer. Per candidate: its vector, one activation unit per event, the tower."""
         num_past = min(shape.num_history, self.max_history)
         item = linear_flops(self.items)
-        user = num_past * item + linear_flops(self.request) + self.head.request_flops
+        user = num_past * item + self.head.request_flops
         attend = 2 * self.unit.query_flops + num_past * (self.unit.pair_flops + 2 * self.config.dim)
         return Cost(
             user_flops=0.0 if cached else float(user),

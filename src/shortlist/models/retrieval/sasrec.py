@@ -16,45 +16,33 @@ Differences from the 2018 paper, each a setting or measured:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from shortlist.data.batches import Batch, NextTargets
+from shortlist.data.batches import Batch
 from shortlist.data.histories import View
 from shortlist.data.jagged import Jagged
-from shortlist.data.samplers import UniformSampler, draw_outside
 from shortlist.data.schema import Space
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.attention import CausalSelfAttention, LengthClasses, attention_flops
 from shortlist.layers.counting import popularity_order
+from shortlist.layers.factors import beside_popularity
 from shortlist.layers.fields import ItemEncoder
-from shortlist.layers.losses import (
-    bce_loss,
-    full_softmax_loss,
-    gbce_beta,
-    gbce_loss,
-    hide_hits,
-    negative_scores,
-    sampled_softmax_loss,
-    target_scores,
-    unit,
-)
+from shortlist.layers.next_item import NextItemConfig, NextItemLoss, keep_values, last_of_rows, readable_rows
 from shortlist.layers.towers import MLP
 from shortlist.models.base import Cost, Losses, RequestShape, VectorRetriever
 from shortlist.registry import system
 
 Block = Literal["pre-ln", "original"]
-SequenceLoss = Literal["full_softmax", "sampled_softmax", "gbce", "bce_k", "bce"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SASRecConfig:
-    """Settings of SASRec; the defaults are those of "SASRec+" in the pre-layer-norm form."""
+class SASRecConfig(NextItemConfig):
+    """Settings of SASRec beside those of the objective; the defaults are those of "SASRec+" in the pre-layer-norm form."""
 
     dim: int = 64
     """Width D of item vectors and of the whole network."""
@@ -70,22 +58,6 @@ class SASRecConfig:
     """Share of attention weights dropped; None = none in the pre-ln block, `dropout` in the original one. Slow on CPU."""
     block: Block = "pre-ln"
     """pre-ln: X + MHA(LN X), then X + FFN(LN X). original: queries and residual normalised, keys and values not, no output map."""
-    loss: SequenceLoss = "full_softmax"
-    """full_softmax over all items; sampled_softmax, gbce and bce_k against `num_negatives`; bce as in the 2018 paper: one negative of
-    its own per position, none of the user's training items. Above some 100,000 items a sampled loss is the affordable one."""
-    num_negatives: int = 256
-    """Negatives k of the sampled losses, uniform over the items; bce always takes one."""
-    negatives: Literal["shared", "own"] = "shared"
-    """shared: one draw of distinct items per step serves all positions. own: each position draws for itself, P * k * D numbers."""
-    normalise: bool = False
-    """Score by cosine instead of inner product; wants a temperature of about 0.05."""
-    temperature: float = 1.0
-    """Scores are divided by it, in training and serving."""
-    gbce_t: float = 0.75
-    """Calibration t of gBCE: 0 = plain BCE, 1 = calibrated probabilities."""
-    learn_offset: bool = True
-    """bce_k and gbce add one learned number to all scores, started at -log k. Published models must bend all item vectors into one
-    direction for it first, which can look like no training at all for thousands of steps. It changes no order, so it is not served."""
     use_fields: bool = True
     """Add item fields to the item's vector; False is the paper's model."""
     id_dropout: float = 0.1
@@ -98,7 +70,7 @@ class SASRecConfig:
     """Table of the item ids; a sparse one excludes full_softmax, which touches every row."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "max_history", "num_blocks", "num_heads", "num_negatives"):
+        for name in ("dim", "max_history", "num_blocks", "num_heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"sasrec: {name} must be at least 1, got {getattr(self, name)}")
         for name in ("dropout", "attention_dropout", "id_dropout"):
@@ -108,14 +80,9 @@ class SASRecConfig:
             raise ConfigError(f"sasrec: num_heads must divide dim, got {self.num_heads} heads and dim {self.dim}")
         if self.window_days is not None and self.window_days <= 0:
             raise ConfigError(f"sasrec: window_days must be above 0 or absent, got {self.window_days}")
-        if self.temperature <= 0 or self.init_std <= 0:
-            raise ConfigError(
-                f"sasrec: temperature and init_std must be above 0, got {self.temperature} and {self.init_std}"
-            )
-        if self.table.sparse and self.loss == "full_softmax":
-            raise ConfigError(
-                "sasrec: a full softmax touches every row of the table; use a sampled loss or sparse = false"
-            )
+        if self.init_std <= 0:
+            raise ConfigError(f"sasrec: init_std must be above 0, got {self.init_std}")
+        self.check_objective("sasrec", sparse=self.table.sparse)
 
 
 class PreNormBlock(nn.Module):
@@ -171,7 +138,6 @@ class SASRec(VectorRetriever):
     feed = "next_event"
     config: SASRecConfig
     popularity_N: Tensor
-    candidates_N: Tensor
 
     def __init__(self, config: SASRecConfig, space: Space) -> None:
         super().__init__(config, space)
@@ -186,13 +152,8 @@ class SASRec(VectorRetriever):
         block = PreNormBlock if config.block == "pre-ln" else OriginalBlock
         self.blocks = nn.ModuleList(block(config) for _ in range(config.num_blocks))
         self.norm = nn.LayerNorm(config.dim)
-        has_offset = config.learn_offset and config.loss in ("bce_k", "gbce")
-        self.offset = nn.Parameter(torch.tensor(-math.log(config.num_negatives))) if has_offset else None
+        self.objective = NextItemLoss(config, space, has_fields=bool(self.items.num_fields))
         self._initialise()
-        # Items with fields are judged by them; without fields an item that never sold is a negative like any other.
-        is_candidate_N = space.known_items.clone() if self.items.num_fields else torch.ones_like(space.known_items)
-        is_candidate_N[0] = False
-        self.register_buffer("candidates_N", is_candidate_N, persistent=False)
         self.register_buffer("popularity_N", torch.zeros(space.num_items + 1))
 
     def _initialise(self) -> None:
@@ -212,45 +173,13 @@ class SASRec(VectorRetriever):
         targets = batch.targets
         if targets is None:
             raise ValueError("sasrec learns from next-event batches; this one has no targets")
-        if self.config.loss == "full_softmax":
-            items_ND = self.items.all()
-            query_PD = self._query(batch.history.items, nn.functional.embedding(batch.history.items.values, items_ND))
-            loss = full_softmax_loss(
-                self._scaled(query_PD[targets.position]),
-                self._normed(items_ND),
-                targets.items,
-                targets.weight,
-                allowed_N=self.candidates_N,
-            )
-        else:
-            query_TD = self._query(batch.history.items, self.items(batch.history.items.values))
-            loss = self._sampled_loss(self._scaled(query_TD[targets.position]), batch.history.items, targets)
-        return {"next": loss}
-
-    def _sampled_loss(self, query_PD: Tensor, history: Jagged, targets: NextTargets) -> Tensor:
-        config, items = self.config, targets.items
-        sampler = UniformSampler.of_mask(self.candidates_N)
-        if config.loss == "bce":
-            own_items, owner_P = _items_of_users(history, targets)
-            negatives = draw_outside(sampler, own_items, owner_P, 1)
-        elif config.negatives == "own":
-            negatives = sampler.draw((items.num_rows, config.num_negatives))
-        else:
-            negatives = sampler.draw_distinct(config.num_negatives)
-        positive_T = target_scores(query_PD, self._normed(self.items(items.values)), items)
-        negative_Pk = negative_scores(query_PD, self._normed(self.items(negatives)))
-        if self.offset is not None:
-            positive_T, negative_Pk = positive_T + self.offset, negative_Pk + self.offset
-        negative_Pk = hide_hits(negative_Pk, negatives, items)
-        match config.loss:
-            case "sampled_softmax":
-                return sampled_softmax_loss(positive_T, negative_Pk, items, targets.weight)
-            case "gbce":
-                beta = gbce_beta(negatives.shape[-1], len(sampler.rows), config.gbce_t)
-                return gbce_loss(positive_T, negative_Pk, items, targets.weight, beta=beta)
-            case "bce" | "bce_k":
-                return bce_loss(positive_T, negative_Pk, items, targets.weight)
-        raise ConfigError(f"sasrec: no loss named {config.loss!r}")
+        rows = batch.history.items
+        all_items_ND = self.items.all() if self.config.loss == "full_softmax" else None
+        item_TD = (
+            self.items(rows.values) if all_items_ND is None else nn.functional.embedding(rows.values, all_items_ND)
+        )
+        query_PD = self._query(rows, item_TD)[targets.position]
+        return {"next": self.objective(self.items, query_PD, targets, rows, all_items_ND)}
 
     def _query(self, rows: Jagged, item_TD: Tensor) -> Tensor:
         """float [total, D]: what each position asks for, from it and the positions before it.
@@ -266,34 +195,16 @@ class SASRec(VectorRetriever):
             x_TD = block(x_TD, classes)
         return self.norm(x_TD)
 
-    def _scaled(self, query_PD: Tensor) -> Tensor:
-        return (unit(query_PD) if self.config.normalise else query_PD) / self.config.temperature
-
-    def _normed(self, items_D: Tensor) -> Tensor:
-        return unit(items_D) if self.config.normalise else items_D
-
     def encode_user(self, batch: Batch) -> Tensor:
         """float32 [B, D + 1]: the last position's vector and 0; for users without a known event zeros and 1 (popularity)."""
-        rows = self._readable(batch.history.items).last(self.max_history)
-        query_TD = self._scaled(self._query(rows, self.items(rows.values)))
-        has_history_B = rows.lengths > 0
-        user_BD = query_TD.new_zeros(rows.num_rows, self.config.dim + 1)
-        user_BD[has_history_B, :-1] = query_TD[rows.offsets[1:][has_history_B] - 1]
-        user_BD[:, -1] = (~has_history_B).to(user_BD.dtype)
-        return user_BD.float()
+        history = batch.history.items
+        rows = keep_values(history, readable_rows(self.items, history)).last(self.max_history)
+        user_BD, has_history_B = last_of_rows(self.objective.query(self._query(rows, self.items(rows.values))), rows)
+        return beside_popularity(user_BD, (~has_history_B).to(user_BD.dtype)).float()
 
     def encode_items(self, rows: Tensor) -> Tensor:
         """float32 [n, D + 1]: the item's vector and its popularity in 0..1, which only users without history read."""
-        return torch.cat([self._normed(self.items(rows)), self.popularity_N[rows, None]], dim=1).float()
-
-    def _readable(self, rows: Jagged) -> Jagged:
-        """Without events that say nothing: unknown items, and items without training events where no field describes them."""
-        known = rows.values > 0 if self.items.num_fields else self.items.known_items[rows.values]
-        if bool(known.all()):
-            return rows
-        kept_B = torch.zeros(rows.num_rows, dtype=torch.int64, device=rows.offsets.device)
-        kept_B.index_add_(0, rows.row_of_value, known.long())
-        return Jagged.from_lengths(rows.values[known], kept_B)
+        return beside_popularity(self.objective.vectors(self.items(rows)), self.popularity_N[rows]).float()
 
     def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
         """Blocks over the history once, then one inner product per item; layer norms and look-ups are not counted."""
@@ -308,12 +219,3 @@ class SASRec(VectorRetriever):
             item_flops=2.0 * (config.dim + 1),
             bytes=4.0 * (0 if cached else weights + length * config.dim) + 4.0 * shape.num_items * (config.dim + 1),
         )
-
-
-def _items_of_users(history: Jagged, targets: NextTargets) -> tuple[Jagged, Tensor]:
-    """All items of each user in a training batch, inputs and targets, and the user [P] of each supervised position."""
-    user_P = history.row_of_value[targets.position]
-    user = torch.cat([history.row_of_value, user_P[targets.items.row_of_value]])
-    order = user.argsort(stable=True)
-    values = torch.cat([history.values, targets.items.values])[order]
-    return Jagged.from_lengths(values, torch.bincount(user, minlength=history.num_rows)), user_P

@@ -1,0 +1,181 @@
+"""The objective of next-item systems: how a position's vector asks for items, in training and in serving. One for all of them.
+
+Full softmax ("SASRec+") and sampled softmax: Klenitskiy & Vasilev, RecSys 2023, and the baselines of HSTU (Zhai et al., ICML 2024); gBCE
+("gSASRec"): Petrov & Macdonald, RecSys 2023; BCE with one negative: Kang & McAuley, ICDM 2018.
+
+P supervised positions, T their targets end to end, n items (matrices have n + 1 rows), D width, k negatives.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from shortlist.data.batches import NextTargets
+from shortlist.data.jagged import Jagged
+from shortlist.data.samplers import UniformSampler, draw_outside
+from shortlist.data.schema import Space
+from shortlist.errors import ConfigError
+from shortlist.layers.fields import ItemEncoder
+from shortlist.layers.losses import (
+    bce_loss,
+    full_softmax_loss,
+    gbce_beta,
+    gbce_loss,
+    hide_hits,
+    negative_scores,
+    sampled_softmax_loss,
+    target_scores,
+    unit,
+)
+
+SequenceLoss = Literal["full_softmax", "sampled_softmax", "gbce", "bce_k", "bce"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NextItemConfig:
+    """Settings of the objective; the settings of every next-item system begin with them."""
+
+    loss: SequenceLoss = "full_softmax"
+    """full_softmax over all items; sampled_softmax, gbce and bce_k against `num_negatives`; bce as in SASRec's paper: one negative of
+    its own per position, none of the user's training items. Above some 100,000 items a sampled loss is the affordable one."""
+    num_negatives: int = 256
+    """Negatives k of the sampled losses, uniform over the items; bce always takes one."""
+    negatives: Literal["shared", "own"] = "shared"
+    """shared: one draw of distinct items per step serves all positions. own: each position draws for itself, P * k * D numbers."""
+    normalise: bool = False
+    """Score by cosine instead of inner product; wants a temperature of about 0.05."""
+    temperature: float = 1.0
+    """Scores are divided by it, in training and serving."""
+    gbce_t: float = 0.75
+    """Calibration t of gBCE: 0 = plain BCE, 1 = calibrated probabilities."""
+    learn_offset: bool = True
+    """bce_k and gbce add one learned number to all scores, started at -log k. Published models must bend all item vectors into one
+    direction for it first, which can look like no training at all for thousands of steps. It changes no order, so it is not served."""
+
+    def check_objective(self, system: str, *, sparse: bool) -> None:
+        """Raises ConfigError, in the name of `system`, where the settings make no objective; `sparse` = the item table is."""
+        if self.num_negatives < 1:
+            raise ConfigError(f"{system}: num_negatives must be at least 1, got {self.num_negatives}")
+        if self.temperature <= 0:
+            raise ConfigError(f"{system}: temperature must be above 0, got {self.temperature}")
+        if sparse and self.loss == "full_softmax":
+            raise ConfigError(
+                f"{system}: a full softmax touches every row of the table; use a sampled loss or sparse = false"
+            )
+
+
+class NextItemLoss(nn.Module):
+    """The loss of supervised positions, and the scaling that makes scores of vectors.
+
+    The item encoder is the system's own and is given with each call, so that its weights have one name.
+
+    Args:
+        config: the system's settings.
+        space: items; those with fields are judged by them, without fields an item that never sold is a negative like any other.
+        has_fields: the system's item vectors read fields.
+    """
+
+    candidates_N: Tensor
+
+    def __init__(self, config: NextItemConfig, space: Space, *, has_fields: bool) -> None:
+        super().__init__()
+        self.config = config
+        has_offset = config.learn_offset and config.loss in ("bce_k", "gbce")
+        self.offset = nn.Parameter(torch.tensor(-math.log(config.num_negatives))) if has_offset else None
+        is_candidate_N = space.known_items.clone() if has_fields else torch.ones_like(space.known_items)
+        is_candidate_N[0] = False
+        self.register_buffer("candidates_N", is_candidate_N, persistent=False)
+
+    def forward(
+        self,
+        items: ItemEncoder,
+        query_PD: Tensor,
+        targets: NextTargets,
+        history: Jagged,
+        all_items_ND: Tensor | None = None,
+    ) -> Tensor:
+        """The mean loss over positions, a scalar; 0 where no position is supervised.
+
+        Args:
+            items: makes item vectors [*, D].
+            query_PD: what each supervised position asks for, before scaling.
+            targets: the positions and their items.
+            history: the batch's input items; `bce` draws none of the user's own.
+            all_items_ND: every item's vector [n + 1, D] where the system has made them for its inputs already; full_softmax only.
+        """
+        config, query_PD = self.config, self.query(query_PD)
+        if config.loss == "full_softmax":
+            all_items_ND = items.all() if all_items_ND is None else all_items_ND
+            return full_softmax_loss(
+                query_PD, self.vectors(all_items_ND), targets.items, targets.weight, allowed_N=self.candidates_N
+            )
+        sampler = UniformSampler.of_mask(self.candidates_N)
+        negatives = self._negatives(sampler, targets, history)
+        positive_T = target_scores(query_PD, self.vectors(items(targets.items.values)), targets.items)
+        negative_Pk = negative_scores(query_PD, self.vectors(items(negatives)))
+        if self.offset is not None:
+            positive_T, negative_Pk = positive_T + self.offset, negative_Pk + self.offset
+        negative_Pk = hide_hits(negative_Pk, negatives, targets.items)
+        match config.loss:
+            case "sampled_softmax":
+                return sampled_softmax_loss(positive_T, negative_Pk, targets.items, targets.weight)
+            case "gbce":
+                beta = gbce_beta(negatives.shape[-1], len(sampler.rows), config.gbce_t)
+                return gbce_loss(positive_T, negative_Pk, targets.items, targets.weight, beta=beta)
+            case "bce" | "bce_k":
+                return bce_loss(positive_T, negative_Pk, targets.items, targets.weight)
+        raise ConfigError(f"no next-item loss named {config.loss!r}")
+
+    def query(self, query_PD: Tensor) -> Tensor:
+        """Query vectors [P, D] as scores read them."""
+        return (unit(query_PD) if self.config.normalise else query_PD) / self.config.temperature
+
+    def vectors(self, items_D: Tensor) -> Tensor:
+        """Item vectors [*, D] as scores read them."""
+        return unit(items_D) if self.config.normalise else items_D
+
+    def _negatives(self, sampler: UniformSampler, targets: NextTargets, history: Jagged) -> Tensor:
+        """Catalogue rows: int64 [k] that all positions share, or [P, k]."""
+        config = self.config
+        if config.loss == "bce":
+            own_items, owner_P = _items_of_users(history, targets)
+            return draw_outside(sampler, own_items, owner_P, 1)
+        if config.negatives == "own":
+            return sampler.draw((targets.items.num_rows, config.num_negatives))
+        return sampler.draw_distinct(config.num_negatives)
+
+
+def readable_rows(items: ItemEncoder, rows: Jagged) -> Tensor:
+    """bool [total]: events that say something: of known items, or of items that a field describes."""
+    return rows.values > 0 if items.num_fields else items.known_items[rows.values]
+
+
+def keep_values(rows: Jagged, keep: Tensor) -> Jagged:
+    """The rows without the values at which `keep` [total] bool is False."""
+    if bool(keep.all()):
+        return rows
+    kept_B = torch.zeros(rows.num_rows, dtype=torch.int64, device=rows.offsets.device)
+    kept_B.index_add_(0, rows.row_of_value, keep.long())
+    return Jagged.from_lengths(rows.values[keep], kept_B)
+
+
+def last_of_rows(vectors: Tensor, rows: Jagged) -> tuple[Tensor, Tensor]:
+    """Of vectors [total, D] the one at each row's last position, [B, D] with zeros for empty rows; and bool [B]: rows that have one."""
+    has_any_B = rows.lengths > 0
+    last_BD = vectors.new_zeros(rows.num_rows, vectors.shape[1])
+    last_BD[has_any_B] = vectors[rows.offsets[1:][has_any_B] - 1]
+    return last_BD, has_any_B
+
+
+def _items_of_users(history: Jagged, targets: NextTargets) -> tuple[Jagged, Tensor]:
+    """All items of each user in a training batch, inputs and targets, and the user [P] of each supervised position."""
+    user_P = history.row_of_value[targets.position]
+    user = torch.cat([history.row_of_value, user_P[targets.items.row_of_value]])
+    order = user.argsort(stable=True)
+    values = torch.cat([history.values, targets.items.values])[order]
+    return Jagged.from_lengths(values, torch.bincount(user, minlength=history.num_rows)), user_P
