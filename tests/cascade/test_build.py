@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from shortlist.cascade import build, lessons
-from shortlist.cascade.build import load_run, train_cascade
+from shortlist.cascade.build import load_run, train_cascade, train_unsaved
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.fitting import check_fits, default_config, fits, offers
 from shortlist.cascade.lessons import chunks, collect, make_batch
 from shortlist.cascade.run import save_run
+from shortlist.cascade.sharing import Kept, Shared
 from shortlist.data.dataset import Dataset, build_dataset
 from shortlist.data.histories import Histories
 from shortlist.data.log import read
@@ -312,6 +313,47 @@ def test_other_settings_of_a_late_stage_keep_the_early_ones(dataset, config, tmp
     assert not steps
     train(dataset, config.override("tiny-two-phases.dim=3"), tmp_path / "run", keep_training=True)
     assert steps
+
+
+def test_shared_work_is_made_once_and_changes_nothing(dataset, config, trained, tmp_path, monkeypatch):
+    shared, made = Shared(), []
+    collected, counting = build.collect, find("tiny-counting").cls
+    prepare = counting.prepare
+    monkeypatch.setattr(build, "collect", lambda *given, **rest: made.append("lessons") or collected(*given, **rest))
+    monkeypatch.setattr(counting, "prepare", lambda self, view: made.append("counted") or prepare(self, view))
+    first = train(dataset, config, tmp_path / "first", shared=shared)
+    assert same_weights(first, trained)
+    assert first.metrics["validation"]["ndcg@4"] == trained.metrics["validation"]["ndcg@4"]
+    assert set(made) == {"lessons", "counted"}
+    made.clear()
+    again = train_unsaved(dataset, config, tmp_path / "again", shared=shared)
+    assert not made
+    assert same_weights(again, trained)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "first"]
+    # Another pre-ranker: what it learns from stays, what comes after it does not.
+    train_unsaved(dataset, config.override("light.dim=3"), tmp_path / "again", shared=shared)
+    slices = config.learning.slices
+    assert made == ["lessons"] * (slices + 2)  # ranking; of re-ranking, which learns nothing, validation alone
+    # Retrieval that counts otherwise changes all.
+    made.clear()
+    train_unsaved(dataset, config.override("retrieval.keep=12"), tmp_path / "again", shared=shared)
+    assert "lessons" in made
+    assert "counted" not in made
+
+
+def test_what_is_kept_fits_its_room():
+    kept, made = Kept(len, most_bytes=5), []
+
+    def get(key):
+        return kept.get(key, lambda: made.append(key) or key * 2)
+
+    assert [get("a"), get("b"), get("a"), get("c")] == ["aa", "bb", "aa", "cc"]  # b has waited longest and goes
+    get("a")
+    assert made == ["a", "b", "c"]
+    get("b")
+    assert made == ["a", "b", "c", "b"]
+    assert get("much too long") == "much too longmuch too long"  # the newest always stays
+    assert len(kept) == 1
 
 
 def test_a_failed_training_leaves_the_old_run(dataset, config, trained, folder, monkeypatch):

@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from shortlist.cascade.lessons import (
 )
 from shortlist.cascade.meter import Meter
 from shortlist.cascade.run import Run, load_run, make_system, most_chosen, save_run
+from shortlist.cascade.sharing import Shared
 from shortlist.data.batches import Batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Histories, Int, Requests, View
@@ -61,10 +62,7 @@ from shortlist.training.context import chosen_device, deterministic
 from shortlist.training.sources import BatchSource, NextEventSource, TargetSource
 from shortlist.training.trainer import FREE_SETTINGS, fit
 
-COUNTED_BYTES = 2 << 30
-"""Memory at most for systems that only count, kept at several moments."""
-
-__all__ = ["Run", "SystemReport", "load_run", "train_cascade"]
+__all__ = ["Run", "SystemReport", "load_run", "train_cascade", "train_unsaved"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +87,7 @@ def train_cascade(
     progress: bool = True,
     resume: bool = True,
     keep_training: bool = False,
+    shared: Shared | None = None,
 ) -> Run:
     """Train every system of every stage and write the run to `out`.
 
@@ -99,11 +98,39 @@ def train_cascade(
         progress: lines and bars on standard error.
         resume: go on from a training that was stopped; False starts anew.
         keep_training: leave the training state for a later run with other settings.
+        shared: what other trainings on this dataset made and need not be made again; None = nothing.
 
     Raises:
         ConfigError: settings that the log can not serve; SnapshotError: `out` is something else than a run; DataError: nothing to
         learn from; TrainingInterrupted: Ctrl-C, and how to go on.
     """
+    config = _settled(dataset, config)
+    out = Path(out)
+    check_writable(out)
+    state = out.with_name(f"{out.name}.training")
+    if not resume:
+        shutil.rmtree(state, ignore_errors=True)
+    run = _trained(dataset, config, state, progress, shared)
+    manifest = save_run(out, dataset, config, run.cascade, run.metrics)
+    if not keep_training:
+        shutil.rmtree(state, ignore_errors=True)
+    return replace(run, folder=out, version=manifest.version)
+
+
+def train_unsaved(
+    dataset: Dataset, config: RunConfig | None, state: Path, *, progress: bool = True, shared: Shared | None = None
+) -> Run:
+    """As `train_cascade`, but no run is written: for trials, of which only the measurements are wanted.
+
+    Args:
+        state: folder of the training state, which stays: a training that was stopped goes on from there, and a later one with other
+            settings takes what has not changed.
+    """
+    return _trained(dataset, _settled(dataset, config), state, progress, shared)
+
+
+def _settled(dataset: Dataset, config: RunConfig | None) -> RunConfig:
+    """All settings, stages included; ConfigError or DataError where the log can not serve them."""
     config = default_config(dataset, config)
     check_fits(config, dataset)
     if config.surface.repeats != "auto" and (config.surface.repeats == "yes") != dataset.repeats:
@@ -113,13 +140,12 @@ def train_cascade(
         )
     if config.learning.candidates == "logged":
         dataset.impressions("fit")  # a log without them is refused before anything is trained
-    out = Path(out)
-    check_writable(out)
-    state = out.with_name(f"{out.name}.training")
-    if not resume:
-        shutil.rmtree(state, ignore_errors=True)
+    return config
+
+
+def _trained(dataset: Dataset, config: RunConfig, state: Path, progress: bool, shared: Shared | None) -> Run:
     with torch.random.fork_rng(devices=[]):
-        builder = _Builder(dataset, config, state, progress)
+        builder = _Builder(dataset, config, state, progress, shared)
         builder.train()
         at_validation = builder.cascade(dataset.view("valid"))
         cascade = builder.cascade(dataset.view("test"))
@@ -131,25 +157,19 @@ def train_cascade(
         "curves": builder.curves,
         "indexes": {name: asdict(report) for name, report in indexes.items()},
     }
-    manifest = save_run(out, dataset, config, cascade, metrics)
-    if not keep_training:
-        shutil.rmtree(state, ignore_errors=True)
     return Run(
-        folder=out,
-        dataset=dataset,
-        config=config,
-        cascade=cascade,
-        metrics=metrics,
-        version=manifest.version,
-        at_validation=at_validation,
+        folder=state, dataset=dataset, config=config, cascade=cascade, metrics=metrics, at_validation=at_validation
     )
 
 
 class _Builder:
     """One call of `train_cascade`: what is trained so far."""
 
-    def __init__(self, dataset: Dataset, config: RunConfig, state: Path, progress: bool) -> None:
+    def __init__(self, dataset: Dataset, config: RunConfig, state: Path, progress: bool, shared: Shared | None) -> None:
         self.dataset, self.config, self.state, self.progress = dataset, config, state, progress
+        self.shared = shared or Shared()
+        self.shares_lessons = shared is not None
+        """One training alone lets go of a stage's lessons when the stage is done."""
         self.device = chosen_device(config.trainer.device)
         self.systems: dict[str, System] = {}
         self.reports: list[SystemReport] = []
@@ -157,7 +177,6 @@ class _Builder:
         """Loss and validation score of every epoch, by system that was trained."""
         self.prints: dict[str, str] = {}
         """Fingerprint of what went into each system."""
-        self._counted: dict[tuple[str, int, int], System] = {}
 
     @cached_property
     def view(self) -> View:
@@ -238,23 +257,23 @@ class _Builder:
         """A system without phases: it only counts. It is judged with counts as fresh as the validation requests will find them."""
         began = time.perf_counter()
         self.systems[name] = self.counted(name, self.view)
-        with torch.no_grad():
-            ndcg = validate(
-                self.counted(name, self.dataset.view("valid") if self.config.learning.refresh else self.view)
-            )
-        self._report(name, stage, 0, None, ndcg, time.perf_counter() - began)
+        known, key = self.shared.scores, self.prints[name]
+        if stage is not self.config.stages[0] or key not in known:  # later ones are judged on what reaches them
+            fresh = self.dataset.view("valid") if self.config.learning.refresh else self.view
+            with torch.no_grad():
+                known[key] = validate(self.counted(name, fresh))
+        self._report(name, stage, 0, None, known[key], time.perf_counter() - began)
 
     def counted(self, name: str, view: View) -> System:
         """A system that learns no weights, made on a view; kept while there is room, since every later stage asks again."""
-        key = (name, view.now, view.histories.num_events)
-        if key not in self._counted:
+
+        def make() -> System:
             system = make_system(self.config, name, view.space)
             with deterministic(self.config.trainer.deterministic):
                 system.prepare(view)
-            self._counted[key] = system.to(self.device).eval()
-            while len(self._counted) > 1 and sum(map(num_bytes, self._counted.values())) > COUNTED_BYTES:
-                del self._counted[next(iter(self._counted))]
-        return self._counted[key]
+            return system.to(self.device).eval()
+
+        return self.shared.counted.get((self.prints[name], view.now, view.histories.num_events, str(self.device)), make)
 
     def fresh(self, view: View) -> dict[str, System]:
         """All systems so far: those that only count made on `view`, the others as they were trained."""
@@ -387,12 +406,36 @@ class _StageLessons:
     def __init__(self, builder: _Builder, stage: Stage) -> None:
         self.builder, self.stage = builder, stage
         names = [s.name for s in builder.config.stages]
-        before = builder.config.default_chain.actions[: names.index(stage.name)]
-        self.upstream = list(dict.fromkeys(name for action in before for name in action.systems))
+        self.before = builder.config.default_chain.actions[: names.index(stage.name)]
+        self.upstream = list(dict.fromkeys(name for action in self.before for name in action.systems))
 
     @cached_property
     def fit(self) -> Lessons:
         """Fit requests, thinned out."""
+        return self._told("fit", self._made("fit", self._of_fit))
+
+    @cached_property
+    def valid(self) -> Lessons:
+        """Validation requests with all their candidates."""
+        builder = self.builder
+        return self._told(
+            "validation",
+            self._made("valid", lambda: self._collect(builder.valid, builder.dataset.view("valid"), None)),
+        )
+
+    def _made(self, window: str, make: Callable[[], Lessons]) -> Lessons:
+        """The window's lessons, those of another training where everything before the stage is the same."""
+        builder = self.builder
+        if not builder.shares_lessons:
+            return make()
+        config = builder.config
+        key = fingerprint(
+            [window, [asdict(action) for action in self.before], [builder.prints[name] for name in self.upstream]],
+            [asdict(config.learning), asdict(config.surface), config.trainer.seed, builder.data_print],
+        )
+        return builder.shared.lessons.get(key, make)
+
+    def _of_fit(self) -> Lessons:
         builder, learning = self.builder, self.builder.config.learning
         seed = builder.config.trainer.seed
         requests, shown = sample(builder.dataset.split.fit, learning.fit_requests, seed), None
@@ -402,12 +445,7 @@ class _StageLessons:
         for part, view in self._slices(requests, learning.slices if learning.refresh else 1):
             given = None if shown is None else shown.select(torch.from_numpy(part))
             parts.append(self._collect(requests.select(part), view, learning.max_candidates, given))
-        return self._told("fit", joined(parts))
-
-    @cached_property
-    def valid(self) -> Lessons:
-        """Validation requests with all their candidates."""
-        return self._told("validation", self._collect(self.builder.valid, self.builder.dataset.view("valid"), None))
+        return joined(parts)
 
     def _slices(self, requests: Requests, count: int) -> Iterator[tuple[Int, View]]:
         """The requests (indices) cut by time, each part with what was known when it began. One part where nothing is cut by time."""
@@ -432,11 +470,6 @@ class _StageLessons:
             f"{found:.1%} of what was chosen is among them"
         )
         return lessons
-
-
-def num_bytes(system: System) -> int:
-    """Memory of its parameters and buffers."""
-    return sum(tensor.nbytes for tensor in (*system.parameters(), *system.buffers()))
 
 
 def fingerprint(*parts: Any) -> str:
