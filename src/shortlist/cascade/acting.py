@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from shortlist.models.base import (
     RETRIEVAL_TASK,
     ItemScorer,
     Ranker,
+    Remembering,
     RequestShape,
     Retrieved,
     Retriever,
@@ -30,6 +31,7 @@ from shortlist.models.base import (
     nearest,
     top_k,
 )
+from shortlist.store.memories import Memories
 from shortlist.store.vector_index import VectorIndex
 
 
@@ -43,8 +45,31 @@ class Found(NamedTuple):
     """bool [B]: requests for which it gave NaN or infinite scores; their `best` is empty."""
 
 
-def search(system: System, batch: Batch, k: int, blocked: Blocked, index: VectorIndex | None = None) -> Found:
-    """The k best permitted items per request by one retriever; a vector retriever's index stands in for a product with every item."""
+class Recall(NamedTuple):
+    """Where one system's memories of users are."""
+
+    name: str
+    memories: Memories
+
+    def __call__(self, system: Remembering, batch: Batch) -> Any:
+        """The user side of a batch, from what is remembered; what the system gives is remembered in turn."""
+        state, kept = system.recall(batch, self.memories.get(self.name, batch.key))
+        self.memories.put(self.name, batch.key, kept)
+        return state
+
+
+def search(
+    system: System,
+    batch: Batch,
+    k: int,
+    blocked: Blocked,
+    index: VectorIndex | None = None,
+    recall: Recall | None = None,
+) -> Found:
+    """The k best permitted items per request by one retriever; a vector retriever's index stands in for a product with every item.
+
+    With `recall`, a vector retriever that remembers goes on from what it kept of the users that the batch names.
+    """
     match system:
         case ItemScorer():
             scores_BN = system.score_all(batch)
@@ -52,7 +77,9 @@ def search(system: System, batch: Batch, k: int, blocked: Blocked, index: Vector
             best = top_k(_close(scores_BN, blocked), k, batch.excluded)
             return _without(Found(best, lambda rows: scores_BN[rows.row_of_value, rows.values], bad_B))
         case VectorRetriever():
-            user_Bd, item_Nd = system.encode_user(batch), system.item_matrix()
+            item_Nd = system.item_matrix()
+            user_Bd = _recalled(system, batch, recall)
+            user_Bd = system.encode_user(batch) if user_Bd is None else user_Bd
             if index is None:
                 best, bad_B = nearest(user_Bd, item_Nd, k, batch.excluded, blocked.allowed)
             else:
@@ -68,13 +95,23 @@ def search(system: System, batch: Batch, k: int, blocked: Blocked, index: Vector
     raise ConfigError(f"{type(system).__name__} is a {system.kind} and can not search the catalogue")
 
 
-def score(system: System, batch: Batch) -> Tensor:
-    """float32 [total]: what the system orders the batch's candidates by; a ranker's first task."""
+def score(system: System, batch: Batch, recall: Recall | None = None) -> Tensor:
+    """float32 [total]: what the system orders the batch's candidates by; a ranker's first task. `recall` as in `search`."""
     if isinstance(system, Ranker):
+        state = _recalled(system, batch, recall)
+        if state is not None and batch.candidates is not None:
+            return system.score_candidates(state, batch.candidates)[system.space.tasks[0]]
         return system.score(batch)[system.space.tasks[0]]
     if isinstance(system, ItemScorer | VectorRetriever | Retriever):
         return system.score(batch)[RETRIEVAL_TASK]
     raise ConfigError(f"{type(system).__name__} is a {system.kind} and does not score candidates")
+
+
+def _recalled(system: System, batch: Batch, recall: Recall | None) -> Any:
+    """The user side made from memories; None where the system, the caller or the batch has none."""
+    if recall is None or not batch.key or not isinstance(system, Remembering):
+        return None
+    return recall(system, batch)
 
 
 def search_flops(

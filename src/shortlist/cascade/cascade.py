@@ -21,7 +21,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from shortlist.cascade.acting import score, score_flops, search, search_flops
+from shortlist.cascade.acting import Recall, score, score_flops, search, search_flops
 from shortlist.cascade.candidates import (
     Blocked,
     best_first,
@@ -41,6 +41,7 @@ from shortlist.data.pairs import PAIR_FIELDS, pair_fields
 from shortlist.data.schema import Numeric, Space
 from shortlist.errors import ConfigError
 from shortlist.models.base import Ranker, Reranker, Retrieved, System
+from shortlist.store.memories import Memories
 from shortlist.store.vector_index import VectorIndex
 
 PAIR_HISTORY = 500
@@ -189,6 +190,8 @@ class Cascade:
         self.device, self.indexes = torch.device(device), dict(indexes or {})
         rows = torch.arange(1, space.num_items + 1) if popular is None else popular
         self.popular = rows.to(self.device)
+        self.memories: Memories | None = None
+        """Where systems remember the users that batches name; None = nowhere. An engine sets it."""
         for system in self.systems.values():
             system.eval()
 
@@ -291,7 +294,9 @@ class Cascade:
         indexes = self.indexes if self.device.type == "cpu" else {}
         for name in action.systems:
             index = indexes.get(name)
-            found = watch.attempt(name, partial(search, self.systems[name], funnel.batch, keep, funnel.blocked, index))
+            found = watch.attempt(
+                name, partial(search, self.systems[name], funnel.batch, keep, funnel.blocked, index, self._recall(name))
+            )
             if found is not None:
                 searches[name] = found
                 watch.note_bad(name, found.bad_B)
@@ -376,7 +381,7 @@ class Cascade:
                 continue
             system = self.systems[name]
             watch.flops += score_flops(system, *self._sizes(funnel))
-            given = watch.attempt(name, partial(score, system, funnel.candidates(system.space)))
+            given = watch.attempt(name, partial(score, system, funnel.candidates(system.space), self._recall(name)))
             if given is not None:
                 raw[name], bad[name] = finite(funnel.rows, given)
                 watch.note_bad(name, bad[name])
@@ -393,6 +398,9 @@ class Cascade:
         blocked = Blocked(self.space.num_items, batch.excluded, None if allowed is None else allowed.to(self.device))
         nothing = Jagged.from_lengths(batch.user[:0], torch.zeros_like(batch.user))
         return _Funnel(batch, blocked, nothing, torch.zeros(0, device=self.device))
+
+    def _recall(self, name: str) -> Recall | None:
+        return None if self.memories is None else Recall(name, self.memories)
 
     def _add_pairs(self, funnel: _Funnel) -> None:
         if funnel.wants_pairs:

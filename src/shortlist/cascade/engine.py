@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from shortlist.data.jagged import Jagged
 from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError
 from shortlist.store.events import MAX_TIMESTAMP, Event, EventStore, StoreUnavailable
+from shortlist.store.memories import Memories
 
 LAST_RESORT = "popular"
 """Name of the chain, and of its only stage, when the cascade itself failed."""
@@ -59,11 +60,15 @@ class EngineConfig:
     """A log that ended longer ago is asked as of its end, unless the user has newer events: training saw no such silence."""
     batch_size: int = 256
     """Requests answered together by `recommend_many`."""
+    memory_mib: int = 256
+    """Bound of what systems remember of users between requests, in MiB; 0 = nothing is remembered."""
 
     def __post_init__(self) -> None:
         for name in ("max_k", "max_ids", "max_sent_history", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.memory_mib < 0:
+            raise ConfigError(f"memory_mib must be at least 0, got {self.memory_mib}")
         if self.deadline_ms is not None and self.deadline_ms <= 0:
             raise ConfigError(f"deadline_ms must be above 0, got {self.deadline_ms}")
 
@@ -151,10 +156,10 @@ class Engine:
         request_log: RequestLog | None = None,
         config: EngineConfig | None = None,
     ) -> None:
-        self._live = live
         self._swapping = threading.Lock()
         self.events, self.request_log = events, request_log
         self.config = config or EngineConfig()
+        self._live = self._remembering(live)
         self.meter = Meter()
 
     @classmethod
@@ -199,9 +204,14 @@ class Engine:
         Raises SnapshotError, and changes nothing, when `folder` is no run or is damaged.
         """
         with self._swapping:
-            live = load_live(Path(folder))
+            live = self._remembering(load_live(Path(folder)))
             self._live = live
         return live.version
+
+    def _remembering(self, live: Live) -> Live:
+        """Memories belong to a snapshot: those of another one's weights would be wrong."""
+        live.cascade.memories = Memories(self.config.memory_mib << 20) if self.config.memory_mib else None
+        return live
 
     def recommend(
         self,
@@ -428,6 +438,8 @@ class Engine:
         except Exception as error:  # a request always gets a page
             problems.append(_reason("the user's past could not be read", error))
             return _Known(batch=None, num_history=[0] * len(asked.users), moments=[int(now)] * len(asked.users))
+        if asked.sent is None and asked.at is None and all(user is not None for user in asked.users):
+            batch = replace(batch, key=tuple(str(user) for user in asked.users))
         return _Known(batch=batch, num_history=(requests.end - requests.start).tolist(), moments=moments.tolist())
 
     def _pasts(self, live: Live, asked: _Asked, now: float, problems: list[str]) -> tuple[Histories, Int]:

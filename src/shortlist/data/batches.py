@@ -93,6 +93,8 @@ class Batch:
     excluded: Jagged | None = None
     """Catalogue rows that must not be retrieved, per request."""
     targets: NextTargets | None = None
+    key: tuple[str, ...] = ()
+    """Who asks, one per request, for what systems remember between requests; empty = nobody is remembered."""
 
     @property
     def size(self) -> int:
@@ -124,6 +126,8 @@ def _move(thing: Any, device: torch.device | str) -> Any:
         return None
     if isinstance(thing, Tensor | Jagged):
         return thing.to(device)
+    if isinstance(thing, tuple):
+        return thing
     if isinstance(thing, Mapping):
         return {name: _move(value, device) for name, value in thing.items()}
     return type(thing)(**{f.name: _move(getattr(thing, f.name), device) for f in fields(thing)})
@@ -194,6 +198,7 @@ def split_batch(batch: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
             labels=labels,
             weight=weight,
             excluded=None if batch.excluded is None else _rows(batch.excluded, first, last),
+            key=batch.key[first:last],
         )
         first = last
 

@@ -7,9 +7,9 @@ the batch end to end.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, final
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from shortlist.data.schema import Space
 Losses = dict[str, Tensor]
 Scores = dict[str, Tensor]
 Feed = Literal["next_event", "targets", "candidates"]
+Memory = Mapping[str, Tensor]
+"""What a system keeps of one user between two requests: tensors by name, of that user alone."""
 RETRIEVAL_TASK = "score"
 PRODUCTS_AT_ONCE = 1 << 25
 """Inner products held at once by a search over all items (128 MiB), so that memory grows neither with the catalogue nor the batch."""
@@ -226,6 +228,22 @@ class Ranker(System):
         if batch.candidates is None:
             raise ValueError("this batch has no candidates to score; build it with candidates=...")
         return self.score_candidates(self.user_state(batch), batch.candidates)
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A ranker or vector retriever whose user side can go on from an earlier request of the same user."""
+
+    def recall(self, batch: Batch, memories: Sequence[Memory | None]) -> tuple[Any, list[Memory | None]]:
+        """What `user_state(batch)` (of a vector retriever: `encode_user(batch)`) gives, made from memories, and what to keep now.
+
+        The state equals the one without memories to rounding, unless the system's docstring states how stale it may be. A memory that
+        does not fit the request's history (its window slid, events are gone) is passed over: the system checks that itself, so a
+        caller can hand in whatever it has.
+
+        Args:
+            memories: per request of the batch, None where nothing is kept.
+        """
 
 
 class Reranker(System):

@@ -1,0 +1,91 @@
+"""What systems remember of users between requests: in this process, within a bound, least recently used first out."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shortlist.errors import ConfigError
+from shortlist.models.base import Memory
+
+ENTRY_BYTES = 1_024
+"""Counted for every entry on top of its tensors: keys, names and tensor objects."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryStatus:
+    """What is kept and how often it was of use."""
+
+    num_entries: int
+    num_bytes: int
+    max_bytes: int
+    num_hits: int
+    num_misses: int
+
+
+class Memories:
+    """Memories of one snapshot's systems, by system and user; safe to use from many threads.
+
+    Args:
+        max_bytes: bound of all memories together; one that alone exceeds it is not kept.
+
+    Raises ConfigError for a bound below 0.
+    """
+
+    def __init__(self, max_bytes: int = 256 << 20) -> None:
+        if max_bytes < 0:
+            raise ConfigError(f"memories need a bound of 0 bytes or more, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[tuple[str, str], tuple[Memory, int]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._num_bytes = self._num_hits = self._num_misses = 0
+
+    def get(self, system: str, keys: Sequence[str]) -> list[Memory | None]:
+        """Per user what the system kept last, None where there is nothing."""
+        with self._lock:
+            found: list[Memory | None] = []
+            for key in keys:
+                entry = self._kept.get((system, key))
+                if entry is not None:
+                    self._kept.move_to_end((system, key))
+                found.append(None if entry is None else entry[0])
+            num_hits = sum(memory is not None for memory in found)
+            self._num_hits += num_hits
+            self._num_misses += len(keys) - num_hits
+        return found
+
+    def put(self, system: str, keys: Sequence[str], memories: Sequence[Memory | None]) -> None:
+        """Keep what a system gave, in place of what it gave before; None forgets."""
+        with self._lock:
+            for key, memory in zip(keys, memories, strict=True):
+                self._drop((system, key))
+                if memory is None:
+                    continue
+                size = ENTRY_BYTES + sum(tensor.numel() * tensor.element_size() for tensor in memory.values())
+                self._kept[system, key] = (memory, size)
+                self._num_bytes += size
+            while self._num_bytes > self.max_bytes:
+                self._drop(next(iter(self._kept)))
+
+    def forget(self, key: str) -> None:
+        """Drop all that any system kept of a user."""
+        with self._lock:
+            for entry in [entry for entry in self._kept if entry[1] == key]:
+                self._drop(entry)
+
+    def status(self) -> MemoryStatus:
+        """Sizes and counts up to now."""
+        with self._lock:
+            return MemoryStatus(
+                num_entries=len(self._kept),
+                num_bytes=self._num_bytes,
+                max_bytes=self.max_bytes,
+                num_hits=self._num_hits,
+                num_misses=self._num_misses,
+            )
+
+    def _drop(self, entry: tuple[str, str]) -> None:
+        _, size = self._kept.pop(entry, (None, 0))
+        self._num_bytes -= size
