@@ -1,1 +1,1 @@
-"""Hot inner loops, each beside a plain PyTorch reference that it must agree with. Imports with torch, numpy and the standard library alone."""
+"""Hot inner loops, each beside a plain form that it must agree with. They import torch, numpy and the standard library alone."""
