@@ -22,12 +22,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@ $(VENV)/.installed
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-baselines
+
+# ALS and LambdaMART of the demo's tables, small wheels; where there are none for this machine the demo goes without and says so.
+$(VENV)/.installed-baselines: $(VENV)/.installed
+	@$(BIN)/pip install --quiet --only-binary implicit,lightgbm --constraint constraints.txt --editable '.[baselines]' \
+	  && touch $@ || echo "No ALS and LambdaMART: their libraries can not be installed here."
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
-demo: install
+demo: install $(VENV)/.installed-baselines
 	$(BIN)/shortlist demo
 
 lint: install-dev

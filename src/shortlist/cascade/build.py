@@ -62,6 +62,9 @@ from shortlist.training.context import chosen_device, deterministic
 from shortlist.training.sources import BatchSource, NextEventSource, TargetSource
 from shortlist.training.trainer import FREE_SETTINGS, fit
 
+AT_THE_SOURCE = ("num_negatives", "max_targets")
+"""Settings of [learning] that say what is taken of the lessons, not what they are."""
+
 __all__ = ["Run", "SystemReport", "load_run", "train_cascade", "train_unsaved"]
 
 
@@ -224,12 +227,8 @@ class _Builder:
         upstream += [f.name for f in system.space.pair_fields]
         choice = self.config.systems[name]
         settings = {key: value for key, value in asdict(trainer).items() if key not in FREE_SETTINGS}
-        learning = asdict(self.config.learning)
-        self.prints[name] = fingerprint(
-            self.data_print,
-            [choice.system, asdict(choice.settings), settings, learning, self.config.surface.k],
-            upstream,
-        )
+        learned = [settings, asdict(self.config.learning), self.config.surface.k] if feeds else [trainer.seed]
+        self.prints[name] = fingerprint(self.data_print, [choice.system, asdict(choice.settings)], learned, upstream)
         validate = self._validation(system, stage, lessons)
         if not feeds:
             self._count(name, stage, validate)
@@ -257,9 +256,10 @@ class _Builder:
         """A system without phases: it only counts. It is judged with counts as fresh as the validation requests will find them."""
         began = time.perf_counter()
         self.systems[name] = self.counted(name, self.view)
-        known, key = self.shared.scores, self.prints[name]
+        learning, seed, k = self.config.learning, self.config.trainer.seed, self.config.surface.k
+        known, key = self.shared.scores, (self.prints[name], learning.valid_requests, learning.refresh, seed, k)
         if stage is not self.config.stages[0] or key not in known:  # later ones are judged on what reaches them
-            fresh = self.dataset.view("valid") if self.config.learning.refresh else self.view
+            fresh = self.dataset.view("valid") if learning.refresh else self.view
             with torch.no_grad():
                 known[key] = validate(self.counted(name, fresh))
         self._report(name, stage, 0, None, known[key], time.perf_counter() - began)
@@ -429,9 +429,10 @@ class _StageLessons:
         if not builder.shares_lessons:
             return make()
         config = builder.config
+        learning = {name: value for name, value in asdict(config.learning).items() if name not in AT_THE_SOURCE}
         key = fingerprint(
             [window, [asdict(action) for action in self.before], [builder.prints[name] for name in self.upstream]],
-            [asdict(config.learning), asdict(config.surface), config.trainer.seed, builder.data_print],
+            [learning, asdict(config.surface), config.trainer.seed, builder.data_print],
         )
         return builder.shared.lessons.get(key, make)
 

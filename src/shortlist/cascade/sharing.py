@@ -43,7 +43,7 @@ class Shared:
         """Systems that learn no weights, by fingerprint and moment."""
         self.lessons: Kept[Lessons] = Kept(lessons_bytes)
         """What later stages learn from and are stopped on, by everything before them."""
-        self.scores: dict[str, float] = {}
+        self.scores: dict[Hashable, float] = {}
         """Validation NDCG@k of retrievers that learn no weights, by fingerprint."""
 
 

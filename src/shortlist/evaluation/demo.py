@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
-from shortlist.cascade.run import load_run
+from shortlist.cascade.run import Run, load_run
+from shortlist.cascade.sharing import Shared
 from shortlist.data.check import check
 from shortlist.data.dataset import build_dataset
 from shortlist.data.datasets import load
@@ -19,6 +20,7 @@ from shortlist.data.datasets.builtin import ATTRIBUTION
 from shortlist.evaluation.report import NUMBERS, Example, judge, write_report
 from shortlist.evaluation.runs import beside_baselines, cost_rows, is_run, shown_metrics
 from shortlist.evaluation.tables import aligned, comparison_text, losses_text, slices_text
+from shortlist.evaluation.trees import TREES, beside, has_trees, missing_rows, train_trees
 
 CONFIG = "demo.toml"
 
@@ -42,7 +44,7 @@ def run_demo(
     """Train (or load) the demo's run in `out`, judge it on the test window, and write the report beside it.
 
     Args:
-        settings: overrides such as "ranking.keep=50".
+        settings: overrides such as "ranking.keep=50"; the run is trained anew.
         fresh: train anew even if a run is there.
         say: prints a line of the report.
         progress: training shows its progress on standard error.
@@ -58,18 +60,24 @@ def run_demo(
         say(line)
     say(ATTRIBUTION)
     say()
+    shared = Shared()
     if is_run(out) and not fresh and not settings:
         say(f"A trained run is in {out}; --fresh trains anew.")
         run = load_run(out)
     else:
         dataset = build_dataset(log, config.data_settings)
-        run = train_cascade(dataset, config, out, progress=progress, resume=not fresh)
+        run = train_cascade(dataset, config, out, progress=progress, resume=not fresh, shared=shared)
+    rivals = _rivals(run, shared, fresh, progress)
     say(f"Trained and validated in {time.perf_counter() - began:.0f} s. Test requests, asked once:")
     say()
-    test = judge(run, "test", surfaces=(True, False))
+    test = judge(run, "test", surfaces=(True, False), rivals=rivals)
     for comparison in test.comparisons:
         say(comparison_text(comparison, shown_metrics(run.config.surface.k)))
         say()
+    for told in (_about_trees(rivals), missing_rows()):
+        if told is not None:
+            say(told)
+            say()
     for text in (
         losses_text(test.cascade.lost_at),
         "\n".join(aligned(cost_rows(test.cascade.cost))),
@@ -86,6 +94,21 @@ def run_demo(
     say(f"Next: shortlist recommend {out} --user 17850    shortlist serve {out}")
     result: dict[str, Any] = json.loads((page.parent / NUMBERS).read_text())
     return result
+
+
+def _rivals(run: Run, shared: Shared, fresh: bool, progress: bool) -> dict[str, Run]:
+    """LambdaMART in place of the run's rankers, where its library is installed and the run has rankers."""
+    ranks = any(choice.entry.kind == "ranker" for choice in run.config.systems.values())
+    if not (ranks and has_trees()):
+        return {}
+    return {TREES: train_trees(run, beside(run.folder), shared=shared, fresh=fresh, progress=progress)}
+
+
+def _about_trees(rivals: Mapping[str, Run]) -> str | None:
+    if TREES not in rivals:
+        return None
+    folder = rivals[TREES].folder
+    return f"{TREES}: the cascade's own retrieval and pages, ranked by boosted trees in place of its rankers; the run is in {folder}."
 
 
 def example_page(example: Example) -> list[str]:

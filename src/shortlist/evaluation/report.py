@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from shortlist.errors import DataError
 from shortlist.evaluation.evaluate import Comparison, Report, Window, held_out
 from shortlist.evaluation.evidence import surroundings, write_json
 from shortlist.evaluation.runs import BASELINES, RunReport, baselines, beside_baselines, evaluate_run, verdict
+from shortlist.models.base import System
 
 PAGE, NUMBERS = "report.html", "report.json"
 NUM_EXAMPLES, NUM_RECENT, NUM_CHOSEN = 3, 6, 12
@@ -139,6 +141,7 @@ def judge(
     max_requests: int | None = None,
     names: Sequence[str] = BASELINES,
     seconds: float = math.inf,
+    rivals: Mapping[str, Run] = MappingProxyType({}),
 ) -> Judged:
     """The run and the simple systems on a window's requests, and a few pages to look at.
 
@@ -148,6 +151,7 @@ def judge(
         max_requests: a seeded sample; None = all.
         names: of which those stand beside it that the log can serve.
         seconds: no further simple system is begun after so long.
+        rivals: other runs on the same dataset that stand beside it too, by the name of their row.
 
     Raises DataError where the window holds no request that counts.
     """
@@ -155,10 +159,19 @@ def judge(
     if max_requests is not None and len(getattr(run.dataset.split, window)) <= max_requests:
         max_requests = None
     mine, comparisons, verdicts = [], [], []
+    made: dict[str, System] = {}
     for repeats in surfaces:
         measured = evaluate_run(run, window=window, k=k, repeats=repeats, max_requests=max_requests)
         comparison = beside_baselines(
-            run, measured, repeats, names, window=window, max_requests=max_requests, seconds=seconds
+            run,
+            measured,
+            repeats,
+            names,
+            window=window,
+            max_requests=max_requests,
+            seconds=seconds,
+            rivals=rivals,
+            made=made,
         )
         mine.append(measured)
         comparisons.append(comparison)

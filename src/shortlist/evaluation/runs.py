@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -209,6 +210,8 @@ def beside_baselines(
     window: Window = "test",
     max_requests: int | None = None,
     seconds: float = math.inf,
+    rivals: Mapping[str, Run] = MappingProxyType({}),
+    made: dict[str, System] | None = None,
 ) -> Comparison:
     """The cascade and the simple systems on the same requests, the cascade as the reference.
 
@@ -217,17 +220,26 @@ def beside_baselines(
         names: of which those stand beside it that the log can serve.
         max_requests: as for `mine`.
         seconds: no further system is begun after so long; those that the run has already counted come first.
+        rivals: other runs on the same dataset, by the name of their row; they come last.
+        made: simple systems counted for this window so far; those that are counted now are added.
     """
     dataset, k, began = run.dataset, mine.report.k, time.perf_counter()
-    made = _already_counted(run, window)
+    made = {} if made is None else made
+    made |= {name: system for name, system in _already_counted(run, window).items() if name not in made}
     reports = {}
     for name in sorted(baselines(dataset, names), key=lambda name: name not in made):
         if time.perf_counter() - began > seconds:
             continue
+        if name not in made:
+            made[name] = counted(find(name), dataset, window)
         reports[name] = evaluate_counted(
-            name, dataset, made=made.get(name), window=window, k=k, repeats=repeats, max_requests=max_requests
+            name, dataset, made=made[name], window=window, k=k, repeats=repeats, max_requests=max_requests
         )
-    return compare([mine.report, *(reports[name] for name in names if name in reports)], reference=mine.report.name)
+    found = [reports[name] for name in names if name in reports]
+    for name, rival in rivals.items():
+        judged = evaluate_run(rival, name=name, window=window, k=k, repeats=repeats, max_requests=max_requests)
+        found.append(judged.report)
+    return compare([mine.report, *found], reference=mine.report.name)
 
 
 def _already_counted(run: Run, window: Window) -> dict[str, System]:
@@ -245,7 +257,7 @@ def _already_counted(run: Run, window: Window) -> dict[str, System]:
 
 
 def verdict(comparison: Comparison, surface: str) -> str:
-    """One sentence: whether the cascade beats every simple system beyond chance, and if not, which one it does not beat."""
+    """One sentence: whether the cascade beats all others beyond chance, and if not, which ones it does not beat."""
     metric = f"ndcg@{comparison.reports[0].k}"
     against = {name: tests[metric] for name, tests in comparison.tests.items()}
     means = {report.name: report.metrics[metric].mean for report in comparison.reports}
@@ -260,7 +272,7 @@ def verdict(comparison: Comparison, surface: str) -> str:
     if not_beaten:
         claim = f"the cascade does not beat {', '.join(not_beaten)} beyond the interval"
     else:
-        claim = "the cascade beats every simple system beyond the interval"
+        claim = "the cascade beats all others beyond the interval"
     return f"{surface}: {claim}; against the best of them, {best}, it is {found}."
 
 
