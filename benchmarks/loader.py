@@ -2,13 +2,14 @@
 
     python benchmarks/loader.py [--events 2000000] [--quick] [--no-wait] [--out benchmarks/results/loader.json]
 
-The model is small, so that the loader is most of the work. Arms take turns in blocks, so that a busy moment hits all of them:
+The model is small, so that the loader is most of the work. Arms take turns in blocks of the same batches, each block in another order, so
+that neither a busy moment nor a warm cache favours one of them:
     frozen    the step alone, on batches that are there already
     live      `CandidateSource` builds the batch, then the step
     plain     the usual way: every request cut out of the histories in a Python loop and stacked; the same batch, then the step
 
-Before anything counts, `plain` must have given the same tensors as `live`. Goal: live at 95 % of the speed of frozen or more.
-B requests per batch.
+Before anything counts, `plain` must have given the same tensors as `live`. Speeds are medians over the blocks of the ratio to frozen.
+Goal: live at 95 % of the speed of frozen or more. B requests per batch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from shortlist.data.dataset import Dataset, build_dataset
 from shortlist.data.jagged import Jagged
 from shortlist.data.log import read
 from shortlist.data.schema import Column, Numeric
-from shortlist.evaluation.evidence import machine_lock, surroundings, write_json
+from shortlist.evaluation.benchmarks import record
+from shortlist.evaluation.evidence import machine_lock
 from shortlist.models.ranking.dnn import DNN, DNNConfig
 from shortlist.training.config import TrainerConfig
 from shortlist.training.optimisers import build_optimisers
@@ -43,6 +45,7 @@ from generated_log import LogShape, frames
 
 RESULT = Path(__file__).parent / "results" / "loader.json"
 GOAL = 0.95
+ARMS = ("frozen", "live", "plain")
 BATCH, HISTORY, SHOWN, BLOCK = 512, 50, 20, 8
 
 
@@ -132,8 +135,10 @@ def same(ours: object, theirs: object) -> bool:
     return ours is theirs
 
 
-def measure(source: CandidateSource, model: DNN, num_batches: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Seconds of the clock per batch and arm; arms take turns in blocks, over the same batches."""
+def measure(
+    source: CandidateSource, model: DNN, num_batches: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of the clock per block and arm."""
     optimisers = build_optimisers(model, TrainerConfig(), list(model.parameters()))
 
     def step(batch: Batch) -> None:
@@ -143,31 +148,28 @@ def measure(source: CandidateSource, model: DNN, num_batches: int, clock: Callab
         for optimiser in optimisers:
             optimiser.step()
 
-    def timed(batches: Iterator[Batch]) -> tuple[float, list[Batch]]:
-        """A block of steps: seconds, and its batches."""
-        done = []
+    def timed(batches: Iterator[Batch]) -> float:
         began = clock()
         for batch in islice(batches, BLOCK):
             step(batch)
-            done.append(batch)
-        return clock() - began, done
+        return clock() - began
 
     order = source.kept[_epoch_order(len(source.kept), BATCH, source.seed, 0, None)]
     rows = [order[at : at + BATCH].tolist() for at in range(0, len(order), BATCH)]
-    live = source.batches(0)
-    plain = (plain_batch(source, chosen) for chosen in rows)
-    seconds = dict.fromkeys(("frozen", "live", "plain"), 0.0)
+    arms = {"live": source.batches(0), "plain": (plain_batch(source, chosen) for chosen in rows)}
+    ready = source.batches(0)
+    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     for block in range(num_batches // BLOCK + 1):
-        took, built = {}, {}
-        took["live"], built["live"] = timed(live)
-        took["frozen"], _ = timed(iter(built["live"]))
-        took["plain"], built["plain"] = timed(plain)
+        frozen = list(islice(ready, BLOCK))
         if block == 0:  # to warm up, and to be sure that all arms train on the same
-            assert all(same(ours, theirs) for ours, theirs in zip(built["live"], built["plain"], strict=True))
+            for batches in arms.values():
+                built = list(islice(batches, BLOCK))
+                assert all(same(ours, theirs) for ours, theirs in zip(frozen, built, strict=True))
+            timed(iter(frozen))
             continue
-        for name, value in took.items():
-            seconds[name] += value
-    return {name: value / (num_batches // BLOCK * BLOCK) for name, value in seconds.items()}
+        for name in (ARMS[(block + i) % len(ARMS)] for i in range(len(ARMS))):
+            seconds[name].append(timed(arms[name] if name in arms else iter(frozen)))
+    return seconds
 
 
 def main() -> None:
@@ -175,12 +177,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=2_000_000)
     parser.add_argument("--batches", type=int, default=240)
-    parser.add_argument("--quick", action="store_true", help="100,000 events, 24 batches; the result is not written")
+    parser.add_argument(
+        "--quick", action="store_true", help="100,000 events, 24 batches; nothing is written unless --out is given"
+    )
     parser.add_argument("--no-wait", action="store_true", help="do not wait for another measurement to end")
     parser.add_argument(
         "--cpu", action="store_true", help="CPU seconds of the process instead of the wall's, for a busy machine"
     )
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     num_events, num_batches = (100_000, 24) if given.quick else (given.events, given.batches)
     torch.manual_seed(0)
@@ -196,27 +200,18 @@ def main() -> None:
     load = os.getloadavg()[0]
     with nullcontext() if given.no_wait or given.quick else machine_lock():
         seconds = measure(source, model, num_batches, time.process_time if given.cpu else time.perf_counter)
-    speed = {name: seconds["frozen"] / seconds[name] for name in ("live", "plain")}
-    for name, value in seconds.items():
+    per_batch = {name: float(np.median(blocks)) / BLOCK for name, blocks in seconds.items()}
+    speed = {name: float(np.median(np.divide(seconds["frozen"], seconds[name]))) for name in ("live", "plain")}
+    for name, value in per_batch.items():
         print(
-            f"{name:7} {1e3 * value:8.2f} ms per batch of {BATCH}  {seconds['frozen'] / value:7.1%} of the speed of frozen batches"
+            f"{name:7} {1e3 * value:8.2f} ms per batch of {BATCH}  {speed.get(name, 1.0):7.1%} of the speed of frozen batches"
         )
-    if not given.quick:
-        about = {
-            "name": "loader",
-            "events": num_events,
-            "batches": num_batches,
-            "batch_size": BATCH,
-            "load_before": load,
-            "clock": "cpu" if given.cpu else "wall",
-        }
-        figures = {
-            "seconds_per_batch": seconds,
-            "speed_to_frozen": speed,
-            "goal": GOAL,
-            "goal_met": speed["live"] >= GOAL,
-        }
-        write_json(given.out, {**about, **figures, "threads": torch.get_num_threads(), **surroundings()})
+    figures = {
+        "events": num_events, "batches": num_batches, "batch_size": BATCH, "load_before": load,
+        "clock": "cpu" if given.cpu else "wall", "seconds_per_batch": per_batch, "speed_to_frozen": speed, "goal": GOAL,
+        "goal_met": speed["live"] >= GOAL, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    record(RESULT, figures, quick=given.quick, out=given.out)
 
 
 if __name__ == "__main__":

@@ -264,6 +264,20 @@ def test_a_cut_batch_is_the_batches_of_its_parts(seed):
         next(split_batch(built(requests), sizes[:-1]))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cut_batch_of_next_events_is_the_batches_of_its_users(seed):
+    """Also users with one group, who have neither inputs nor targets, and a part without anybody."""
+    histories = random_histories(seed)
+    users = np.random.default_rng(seed).permutation(np.arange(1, histories.num_users + 1))
+    table = users_table(histories.num_users)
+    sizes = [2, 0, 1, len(users) - 3]
+    whole = next_event_batch(histories, table, users, max_history=4)
+    parts = list(split_batch(whole, sizes))
+    assert sum(len(part.targets.position) for part in parts) == len(whole.targets.position) > 0
+    for part, chosen in zip(parts, np.split(users, np.cumsum(sizes)[:-1]), strict=True):
+        assert flat(part) == flat(next_event_batch(histories, table, chosen, max_history=4))
+
+
 def flat(thing: object) -> object:
     """A batch as plain Python: what two must share to be the same."""
     if isinstance(thing, torch.Tensor):

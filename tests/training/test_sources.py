@@ -102,6 +102,11 @@ class TestEverySource:
             assert len(rest) == steps - start
             assert all(same(a, b) for a, b in zip(rest, whole[start:]))
 
+    def test_built_together_or_one_by_one(self, make, monkeypatch):
+        together = list(make().batches(1))
+        monkeypatch.setattr("shortlist.training.sources.REQUESTS_AT_ONCE", 1)
+        assert all(same(a, b) for a, b in zip(make().batches(1), together, strict=True))
+
     def test_every_row_once_per_epoch_in_an_order_of_its_own(self, make):
         source = make()
         orders = [torch.cat([batch.user for batch in source.batches(epoch)]).tolist() for epoch in (0, 1)]

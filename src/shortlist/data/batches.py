@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shortlist.data.histories import Histories, Int, Requests, ranges
@@ -169,46 +171,65 @@ def request_batch(
 
 
 def split_batch(batch: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
-    """The batch cut into batches of so many requests, in order; they share its memory. The sizes add up to B; `targets` can not be cut."""
-    if batch.targets is not None or sum(sizes) != batch.size:
-        raise ValueError(
-            f"a batch of {batch.size} requests without next-event targets is to be cut, got sizes {list(sizes)}"
-        )
+    """The batch cut into batches of so many requests, in order; they share its memory. The sizes add up to B."""
+    if sum(sizes) != batch.size:
+        raise ValueError(f"a batch of {batch.size} requests is to be cut, got sizes {list(sizes)}")
+    sizes = list(sizes)
+    user, time, items = batch.user.split(sizes), batch.time.split(sizes), _cut(batch.history.items, sizes)
+    num_events = [len(part.values) for part in items]
+    events = {name: getattr(batch.history, name).split(num_events) for name in ("time", "action", "value", "group")}
+    user_fields = {name: _cut(column, sizes) for name, column in batch.user_fields.items()}
+    context = {name: _cut(column, sizes) for name, column in batch.context.items()}
+    excluded = None if batch.excluded is None else _cut(batch.excluded, sizes)
+    targets = None if batch.targets is None else _cut_targets(batch.targets, num_events)
+    rows: Sequence[Jagged] = [] if batch.candidates is None else _cut(batch.candidates.rows, sizes)
+    num_rows = [len(part.values) for part in rows]
+    pair = {} if batch.candidates is None else {name: c.split(num_rows) for name, c in batch.candidates.pair.items()}
+    labels = {task: column.split(num_rows) for task, column in batch.labels.items()}
+    weight = None if batch.weight is None else batch.weight.split(num_rows)
     first = 0
-    for size in sizes:
-        last = first + size
-        items, history = _rows(batch.history.items, first, last), batch.history
-        a, b = int(history.items.offsets[first]), int(history.items.offsets[last])
-        rest = {name: getattr(history, name)[a:b] for name in ("time", "action", "value", "group")}
-        candidates, labels, weight = None, {}, None
-        if batch.candidates is not None:
-            rows = batch.candidates.rows
-            a, b = int(rows.offsets[first]), int(rows.offsets[last])
-            pair = {name: column[a:b] for name, column in batch.candidates.pair.items()}
-            candidates = Candidates(rows=_rows(rows, first, last), pair=pair)
-            labels = {task: column[a:b] for task, column in batch.labels.items()}
-            weight = None if batch.weight is None else batch.weight[a:b]
+    for i, size in enumerate(sizes):
         yield Batch(
-            user=batch.user[first:last],
-            time=batch.time[first:last],
-            history=History(items=items, **rest),
-            user_fields={name: _rows(column, first, last) for name, column in batch.user_fields.items()},
-            context={name: _rows(column, first, last) for name, column in batch.context.items()},
-            candidates=candidates,
-            labels=labels,
-            weight=weight,
-            excluded=None if batch.excluded is None else _rows(batch.excluded, first, last),
-            key=batch.key[first:last],
+            user=user[i],
+            time=time[i],
+            history=History(items=items[i], **{name: parts[i] for name, parts in events.items()}),
+            user_fields={name: parts[i] for name, parts in user_fields.items()},
+            context={name: parts[i] for name, parts in context.items()},
+            candidates=Candidates(rows=rows[i], pair={name: parts[i] for name, parts in pair.items()})
+            if rows
+            else None,
+            labels={task: parts[i] for task, parts in labels.items()},
+            weight=None if weight is None else weight[i],
+            excluded=None if excluded is None else excluded[i],
+            targets=None if targets is None else targets[i],
+            key=batch.key[first : first + size],
         )
-        first = last
+        first += size
 
 
-def _rows(column: _C, first: int, last: int) -> _C:
-    """Rows first .. last of a column."""
+def _cut(column: _C, sizes: list[int]) -> Sequence[_C]:
+    """A column [B, ...] cut into parts of so many rows; they share its memory."""
     if isinstance(column, Tensor):
-        return column[first:last]
-    offsets = column.offsets[first : last + 1]
-    return Jagged(column.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
+        return column.split(sizes)
+    ends = [0, *accumulate(sizes)]
+    at = column.offsets[ends].tolist()
+    values = column.values.split([b - a for a, b in pairwise(at)])
+    offsets = [column.offsets[first : last + 1] - a for (first, last), a in zip(pairwise(ends), at, strict=False)]
+    return [Jagged(*part) for part in zip(values, offsets, strict=True)]
+
+
+def _cut_targets(targets: NextTargets, num_events: list[int]) -> list[NextTargets]:
+    """The supervision of parts with so many history events each."""
+    ends = [0, *accumulate(num_events)]
+    # Positions rise, since they follow the history.
+    num_positions = torch.searchsorted(targets.position, torch.tensor(ends)).diff().tolist()
+    items = _cut(targets.items, num_positions)
+    weight = targets.weight.split([len(part.values) for part in items])
+    position = targets.position.split(num_positions)
+    return [
+        NextTargets(position=p - first, items=i, weight=w)
+        for p, i, w, first in zip(position, items, weight, ends, strict=False)
+    ]
 
 
 def target_candidates(requests: Requests) -> Jagged:
@@ -292,13 +313,15 @@ def next_event_batch(
 
 
 def _history(histories: Histories, index: Int, lengths: Int) -> History:
-    return History(
-        items=Jagged.from_lengths(torch.from_numpy(histories.item[index]), torch.from_numpy(lengths)),
-        time=torch.from_numpy(histories.time[index]),
-        action=torch.from_numpy(histories.action[index]),
-        value=torch.from_numpy(histories.value[index]),
-        group=torch.from_numpy(histories.group[index]),
-    )
+    columns = {name: _taken(getattr(histories, name), index) for name in ("item", "time", "action", "value", "group")}
+    return History(items=Jagged.from_lengths(columns.pop("item"), torch.from_numpy(lengths)), **columns)
+
+
+def _taken(column: NDArray[Any], index: Int) -> Tensor:
+    """column[index] [n] as a tensor; memory maps, which torch can not hold, are read by NumPy."""
+    if column.flags.writeable:
+        return torch.from_numpy(column).index_select(0, torch.from_numpy(index))
+    return torch.from_numpy(column[index])
 
 
 def _newest(values: Int, start: Int, stop: Int, *, otherwise: int) -> Int:

@@ -127,8 +127,10 @@ class Requests:
 
     def select(self, index: Int) -> Requests:
         """Requests `index` [n], in the given order."""
-        where, lengths = ranges(self.target_offsets[:-1][index], self.target_offsets[1:][index])
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        where, offsets = np.zeros(0, dtype=np.int64), np.zeros(len(index) + 1, dtype=np.int64)
+        if len(self.target):
+            where, lengths = ranges(self.target_offsets[index], self.target_offsets[index + 1])
+            np.cumsum(lengths, out=offsets[1:])
         return replace(
             self,
             user=self.user[index],
@@ -140,6 +142,12 @@ class Requests:
             target_value=self.target_value[where],
             context={name: column[index] for name, column in self.context.items()},
         )
+
+    def without_targets(self) -> Requests:
+        """The same without what was chosen, for those who bring candidates of their own."""
+        none = np.zeros(0, dtype=np.int64)
+        offsets = np.zeros_like(self.target_offsets)
+        return replace(self, target_offsets=offsets, target=none, target_value=none.astype(np.float32))
 
     @classmethod
     def joined(cls, parts: Sequence[Requests]) -> Requests:

@@ -90,8 +90,8 @@ class Jagged:
 
     def select(self, rows: Tensor) -> Jagged:
         """Rows [n] int64 of this, in the given order, repeats allowed."""
-        lengths = self.lengths_of(rows)
-        return Jagged.from_lengths(self.values[self._index(rows, lengths)], lengths)
+        index, lengths = self.where(rows)
+        return Jagged.from_lengths(self.values.index_select(0, index), lengths)
 
     def lengths_of(self, rows: Tensor) -> Tensor:
         """Lengths of the given rows [n] int64, without those of all rows."""
@@ -99,11 +99,17 @@ class Jagged:
 
     def value_index(self, rows: Tensor) -> Tensor:
         """Positions in `values` of the given rows [n], end to end: int64 [sum of their lengths]."""
-        return self._index(rows, self.lengths_of(rows))
+        return self.where(rows)[0]
 
-    def _index(self, rows: Tensor, lengths: Tensor) -> Tensor:
-        starts = self.offsets[:-1][rows] - (lengths.cumsum(0) - lengths)
-        return torch.arange(int(lengths.sum()), device=self.offsets.device) + starts.repeat_interleave(lengths)
+    def where(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`value_index` and `lengths_of` of the given rows [n] int64, none of them negative."""
+        # index_select takes a third of the time of indexing by brackets.
+        first = self.offsets.index_select(0, rows)
+        lengths = self.offsets.index_select(0, rows + 1) - first
+        ends = lengths.cumsum(0)
+        total = int(ends[-1]) if len(ends) else 0
+        index = (first - ends + lengths).repeat_interleave(lengths, output_size=total)
+        return index.add_(torch.arange(total, device=index.device)), lengths
 
     def to(self, device: torch.device | str) -> Jagged:
         """The same on another device."""

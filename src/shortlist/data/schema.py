@@ -94,7 +94,9 @@ class FieldTable:
     def gather(self, rows: Tensor) -> dict[str, Column]:
         """The columns of the given rows [n] int64."""
         return {
-            f.name: column.select(rows) if isinstance(column := self.columns[f.name], Jagged) else column[rows]
+            f.name: column.select(rows)
+            if isinstance(column := self.columns[f.name], Jagged)
+            else column.index_select(0, rows)
             for f in self.fields
         }
 

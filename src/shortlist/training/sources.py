@@ -5,7 +5,7 @@ B rows of a batch (users or requests), U users, R requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -88,26 +88,30 @@ class NextEventSource:
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """See BatchSource."""
         order = _epoch_order(len(self.users), self.batch_size, self.seed, epoch, self.lengths)
-        for step in range(start, self.steps_per_epoch()):
-            users = self.users[order[step * self.batch_size : (step + 1) * self.batch_size]]
-            yield next_event_batch(
+        for steps in _together(start, self.steps_per_epoch(), self.batch_size):
+            parts = [self.users[part] for part in _parts(order, steps, self.batch_size)]
+            ends = None
+            if self.group_ends is not None:
+                ends = np.concatenate([self._ends(part, epoch, step) for part, step in zip(parts, steps, strict=True)])
+            batch = next_event_batch(
                 self.view.histories,
                 self.view.users,
-                users,
+                np.concatenate(parts),
                 max_history=self.max_history,
-                ends=self._ends(users, epoch, step),
+                ends=ends,
             )
+            yield from split_batch(batch, [len(part) for part in parts])
 
-    def _ends(self, users: Int, epoch: int, step: int) -> Int | None:
+    def _ends(self, users: Int, epoch: int, step: int) -> Int:
         """[B] one past the last event shown: a random group end that leaves a full window, the user's end where all fits."""
-        if self.group_ends is None:
-            return None
+        assert self.group_ends is not None
         first, stop = self.view.histories.offsets[users], self.view.histories.offsets[users + 1]
         # The last group is only ever a target: one event more than the window fills it, and one group alone teaches nothing.
         second_group = self.group_ends[np.searchsorted(self.group_ends, first + 1)] + 1
         earliest = np.minimum(np.maximum(first + self.max_history + 1, second_group), stop)
         drawn = _generator(self.seed, epoch, step).integers(earliest, stop, endpoint=True)
-        return self.group_ends[np.searchsorted(self.group_ends, drawn)]
+        ends: Int = self.group_ends[np.searchsorted(self.group_ends, drawn)]
+        return ends
 
 
 class TargetSource:
@@ -154,7 +158,7 @@ class TargetSource:
         """See BatchSource."""
         order = _epoch_order(len(self.kept), self.batch_size, self.seed, epoch, self.lengths)
         for steps in _together(start, self.steps_per_epoch(), self.batch_size):
-            parts = [self.kept[order[s * self.batch_size : (s + 1) * self.batch_size]] for s in steps]
+            parts = [self.kept[part] for part in _parts(order, steps, self.batch_size)]
             requests = self.requests.select(np.concatenate(parts))
             whole = request_batch(self.view.histories, self.view.users, requests, max_history=self.max_history)
             whole = whole.with_candidates(target_candidates(requests))
@@ -207,6 +211,7 @@ class CandidateSource:
             raise ConfigError(f"num_negatives must be at least 1, got {num_negatives}; leave it out to keep all")
         _check_candidates(requests, candidates, labels)
         self.histories, self.users, self.requests, self.candidates = histories, users, requests, candidates.rows
+        self.asked = requests.without_targets()
         self.pair, self.labels = dict(candidates.pair), dict(labels)
         self.batch_size, self.max_history, self.num_negatives, self.seed = batch_size, max_history, num_negatives, seed
         self.positive = torch.stack(list(labels.values())).gt(0).any(0)
@@ -226,26 +231,29 @@ class CandidateSource:
         """See BatchSource."""
         order = _epoch_order(len(self.kept), self.batch_size, self.seed, epoch, None)
         for steps in _together(start, self.steps_per_epoch(), self.batch_size):
-            parts = [self.kept[order[s * self.batch_size : (s + 1) * self.batch_size]] for s in steps]
-            drawn = [self._candidates_of(torch.from_numpy(part), epoch, s) for s, part in zip(steps, parts)]
-            index = torch.cat([index for index, _ in drawn])
-            requests = self.requests.select(np.concatenate(parts))
+            parts = [self.kept[part] for part in _parts(order, steps, self.batch_size)]
+            index, lengths_B = self._candidates_of(parts, epoch, steps)
+            requests = self.asked.select(np.concatenate(parts))
             batch = request_batch(self.histories, self.users, requests, max_history=self.max_history).with_candidates(
-                Jagged.from_lengths(self.candidates.values[index], torch.cat([lengths_B for _, lengths_B in drawn])),
-                {name: column[index] for name, column in self.pair.items()},
-                {task: column[index] for task, column in self.labels.items()},
+                Jagged.from_lengths(self.candidates.values.index_select(0, index), lengths_B),
+                {name: column.index_select(0, index) for name, column in self.pair.items()},
+                {task: column.index_select(0, index) for task, column in self.labels.items()},
             )
             yield from split_batch(batch, [len(part) for part in parts])
 
-    def _candidates_of(self, chosen_B: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Positions in the candidates' values of those kept for the batch, end to end, and their number per request [B]."""
-        index = self.candidates.value_index(chosen_B)
-        lengths_B = self.candidates.lengths_of(chosen_B)
+    def _candidates_of(self, parts: Sequence[Int], epoch: int, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Positions in the candidates' values of those kept for the steps' requests, end to end, and their number per request."""
         if self.num_negatives is None:
-            return index, lengths_B
+            return self.candidates.where(torch.from_numpy(np.concatenate(parts)))
+        drawn = [self._drawn(torch.from_numpy(part), epoch, step) for part, step in zip(parts, steps, strict=True)]
+        return torch.cat([index for index, _ in drawn]), torch.cat([lengths_B for _, lengths_B in drawn])
+
+    def _drawn(self, chosen_B: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
+        """The same for one step, whose draws are its own."""
+        index, lengths_B = self.candidates.where(chosen_B)
         rows = Jagged.from_lengths(index, lengths_B)
         positive = self.positive[index]
-        limit_B = (_count(rows, positive) + self.num_negatives).numpy()
+        limit_B = (_count(rows, positive) + (self.num_negatives or 0)).numpy()
         keep = _random_subset(rows, limit_B, _generator(self.seed, epoch, step), first=positive)
         return index[keep], _count(rows, keep)
 
@@ -255,6 +263,11 @@ def _together(start: int, steps: int, batch_size: int) -> Iterator[range]:
     run = max(REQUESTS_AT_ONCE // batch_size, 1)
     for first in range(start, steps, run):
         yield range(first, min(first + run, steps))
+
+
+def _parts(order: Int, steps: Sequence[int], batch_size: int) -> list[Int]:
+    """The stretch of the order that belongs to each step."""
+    return [order[step * batch_size : (step + 1) * batch_size] for step in steps]
 
 
 def _check_sizes(batch_size: int, max_history: int) -> None:
