@@ -17,7 +17,8 @@ import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -167,19 +168,37 @@ def discover() -> None:
             _DISCOVERED.add(folder)
 
 
+@contextmanager
+def registered(path: Path, module_name: str) -> Iterator[None]:
+    """Inside the block the systems of one file are registered, under that name of its module, and forgotten after it."""
+    before, module_before = dict(_ENTRIES), sys.modules.get(module_name)
+    try:
+        _import_file(path, module_name)
+        yield
+    finally:
+        _ENTRIES.clear()
+        _ENTRIES.update(before)
+        sys.modules.pop(module_name, None)
+        if module_before is not None:
+            sys.modules[module_name] = module_before
+
+
 def _import_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{ENVIRONMENT} names {folder}, which is not a folder; correct or unset it")
     for path in sorted(folder.glob("*.py")):
         if path.name.startswith(("_", "test_")):
             continue
-        module_name = f"shortlist_systems_{path.stem}"
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None:
-            raise ConfigError(f"{path} can not be imported")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        spec.loader.exec_module(module)
+        _import_file(path, f"shortlist_systems_{path.stem}")
+
+
+def _import_file(path: Path, module_name: str) -> None:
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} can not be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
 
 
 def nearest(name: str, known: list[str], otherwise: str = "") -> str:

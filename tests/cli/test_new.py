@@ -6,7 +6,7 @@ from cli_support import refused, shortlist, succeeds
 def test_it_says_what_it_wrote_and_what_to_do(tmp_path):
     folder = tmp_path / "own"
     said = succeeds("new", "brand-new", "--kind", "reranker", "--dir", folder).out
-    for path in ("brand_new.py", "test_brand_new.py", "evidence/brand_new_page.py"):
+    for path in ("brand_new.py", "test_brand_new.py", "evidence/brand_new_page.py", "docs/systems/brand-new.md"):
         assert f"wrote {folder / path}\n" in said
         assert (folder / path).exists()
     steps = said.split("Next:\n")[1]
@@ -17,7 +17,7 @@ def test_it_says_what_it_wrote_and_what_to_do(tmp_path):
 def test_json(tmp_path):
     told = succeeds("new", "brand-new", "--kind", "ranker", "--dir", tmp_path, "--json").json
     assert told["name"] == "brand-new"
-    assert len(told["written"]) == 3
+    assert len(told["written"]) == 4
     assert any(step.startswith("pytest ") for step in told["next"])
 
 

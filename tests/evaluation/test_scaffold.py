@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from shortlist.errors import ConfigError
+from shortlist.evaluation import pages
 from shortlist.evaluation.scaffold import next_steps, plan, write
-from shortlist.registry import ENVIRONMENT
+from shortlist.registry import ENVIRONMENT, systems
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("retriever", "ranker", "reranker")
@@ -87,13 +88,44 @@ def test_files_of_a_clone_stand_with_their_kin_and_please_the_linter(clone, kind
         f"src/shortlist/models/{room}/fresh_{kind}.py",
         f"tests/models/{room}/test_fresh_{kind}.py",
         f"evidence/fresh_{kind}_page.py",
+        f"docs/systems/fresh-{kind}.md",
     ]
+    page = Path(paths[3]).read_text()
+    assert page.startswith(pages.MADE)
+    assert f"Code: `src/shortlist/models/{room}/fresh_{kind}.py`" in page
     assert any("tests/contracts" in step for step in next_steps(scaffold))
     # The rest of the clone is missing here, so that the package must be named as the clone's own.
     own = ("--config", "lint.isort.known-first-party = ['shortlist']")
     for check in (("check", "--no-cache", *own), ("format", "--check", "--no-cache")):
         done = subprocess.run([sys.executable, "-m", "ruff", *check, "."], capture_output=True, text=True, cwd=clone)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_clone_lists_it_and_keeps_it_to_itself(clone):
+    """The list of the docs gets its line; the registry of this process, which only wrote the files, knows nothing of it."""
+    index = clone / "docs/systems/index.md"
+    index.parent.mkdir(parents=True)
+    index.write_text("old")
+    before = [entry.name for entry in systems()]
+    write(plan("fresh-one", "ranker"))
+    assert "[fresh-one](fresh-one.md)" in index.read_text()
+    assert "[din](din.md)" in index.read_text()
+    assert [entry.name for entry in systems()] == before
+    assert "shortlist.models.ranking.fresh_one" not in sys.modules
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page_of_one_s_own_says_all_and_links_nowhere(folder, kind):
+    page = folder / "docs" / "systems" / f"fresh-{kind}.md"
+    text = page.read_text()
+    assert f"Code: `fresh_{kind}.py`" in text
+    for heading in ("## Idea", "## Use it", "## Settings", "## Cost to serve", "## Evidence"):
+        assert heading in text
+    assert "](../" not in text
+    page.write_text("stale")
+    done = call(folder, "-m", "shortlist.cli", "systems", f"fresh-{kind}", "--pages", "docs")
+    assert done.returncode == 0, done.stderr
+    assert page.read_text() == text
 
 
 def test_a_room_may_be_chosen(clone):

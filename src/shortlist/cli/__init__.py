@@ -28,7 +28,7 @@ COMMANDS = {
     "systems": "List the published systems, or describe one.",
     "prove": "Run a claim and record its result, or list the claims.",
     "bench": "Run a benchmark under the lock, or list them.",
-    "new": "Write the files of a new system: model, test, claim.",
+    "new": "Write the files of a new system: model, test, claim, page.",
     "doctor": "Print versions, devices and threads in one paste.",
 }
 """Command names and their line in --help; command NAME is the function `command` in cli/NAME.py, imported when it is called."""

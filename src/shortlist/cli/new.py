@@ -26,7 +26,7 @@ def command(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Write a model that works, its test and its claim, and say what to do next. Overwrites nothing.
+    """Write a model that works, its test, its claim and its page, and say what to do next. Overwrites nothing.
 
     Example: shortlist new my-model --kind ranker --dir systems
     """

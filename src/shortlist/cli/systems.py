@@ -15,7 +15,10 @@ def command(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the docs' table.")] = False,
     pages: Annotated[
-        Path | None, typer.Option(help="Write the docs' pages of systems and the API reference under this folder.")
+        Path | None,
+        typer.Option(
+            help="Write the docs' pages of systems and the API reference under this folder, or the page of the one that is named."
+        ),
     ] = None,
     evidence: Annotated[
         Path | None, typer.Option(help="Folder of claims; default: evidence/ where there is one.")
@@ -34,6 +37,12 @@ def command(
         from shortlist.cli import _reference
         from shortlist.evaluation import pages as of_systems
 
+        if name is not None:
+            path, text = of_systems.page_alone(find(name))
+            (pages / path).parent.mkdir(parents=True, exist_ok=True)
+            (pages / path).write_text(text)
+            typer.echo(f"wrote {pages / path}")
+            return
         made = of_systems.pages() | _reference.pages()
         of_systems.write(pages, made)
         typer.echo(f"wrote {len(made)} pages under {pages}")

@@ -7,6 +7,7 @@ claims and carries no measured quality, so that it changes only when the code do
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -25,6 +26,8 @@ from shortlist.models.base import RequestShape, System
 from shortlist.registry import Entry, find, systems
 
 MADE = "<!-- Made by `shortlist systems --pages docs`; do not edit. -->"
+MADE_ALONE = "<!-- Made by `shortlist systems {name} --pages DIR`; do not edit. -->"
+_INTO_THE_SITE = re.compile(r"\[([^]]+)\]\(\.\./[^)]+\)")
 NUMBERS = "<!-- numbers -->"
 """Where the built site puts the recorded results."""
 NUM_USERS, NUM_ITEMS, NUM_EVENTS = 500, 1_000, 20
@@ -48,6 +51,16 @@ def pages() -> dict[str, str]:
     """The page of every system and their index by path under docs/."""
     mine = own_systems()
     return {"systems/index.md": systems_index(mine), **{f"systems/{e.name}.md": system_page(e) for e in mine}}
+
+
+def page_alone(entry: Entry) -> tuple[str, str]:
+    """Path under a docs folder and text of one system's page: as `pages` makes it, or, of a system that stands in a folder of the user's,
+    without links into this package's site.
+    """
+    text = system_page(entry)
+    if entry not in own_systems():
+        text = _INTO_THE_SITE.sub(r"\1", text).replace(MADE, MADE_ALONE.format(name=entry.name), 1)
+    return f"systems/{entry.name}.md", text
 
 
 def own_systems() -> list[Entry]:
@@ -80,12 +93,13 @@ def system_page(entry: Entry) -> str:
     """The page of one system."""
     module = sys.modules[entry.cls.__module__]
     idea, differences, legend = docstrings.parts(module.__doc__ or "")
-    path = entry.cls.__module__.replace(".", "/") + ".py"
+    path = module.__name__.replace(".", "/") + ".py"
+    code = f"src/{path}" if path.startswith("shortlist/") else Path(module.__file__ or path).name
     head = [
         MADE,
         f"# {entry.name}",
         inspect.getdoc(entry.cls) or "",
-        f"A **{entry.kind}** for **{entry.stage}**. Source: {entry.paper}. Code: `src/{path}`.",
+        f"A **{entry.kind}** for **{entry.stage}**. Source: {entry.paper}. Code: `{code}`.",
         "## Idea",
         docstrings.to_markdown(idea),
     ]

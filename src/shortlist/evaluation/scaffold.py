@@ -1,10 +1,14 @@
-"""The files of a new system: a model that works, its test and its claim, to be filled with the paper's own words.
+"""The files of a new system: a model that works, its test, its claim and its page, to be filled with the paper's own words.
 
 Into a clone they go where their kin stand; into a folder of one's own, a flat one that SHORTLIST_SYSTEMS can name:
 
     src/shortlist/models/ROOM/NAME.py      DIR/NAME.py
     tests/models/ROOM/test_NAME.py         DIR/test_NAME.py
     evidence/NAME_page.py                  DIR/evidence/NAME_page.py
+    docs/systems/NAME.md                   DIR/docs/systems/NAME.md
+
+The page is made of the model by the generator of all pages (`shortlist systems --pages`), and made again by it when the model has changed;
+in a clone the list of systems in the docs gets its line too.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from string import Template
 from typing import Literal
 
 from shortlist.errors import ConfigError
-from shortlist.registry import ENVIRONMENT, systems
+from shortlist.registry import ENVIRONMENT, find, registered, systems
 
 Kind = Literal["retriever", "ranker", "reranker"]
 Room = Literal["retrieval", "ranking"]
@@ -46,6 +50,13 @@ class Scaffold:
     """A folder of one's own; None = the clone one stands in."""
     texts: Mapping[Path, str]
     """Model, test and claim, in this order."""
+    docs: Path
+    """Folder of the page."""
+
+    @property
+    def page(self) -> Path:
+        """File of the page."""
+        return self.docs / "systems" / f"{self.name}.md"
 
     @property
     def claim(self) -> Path:
@@ -83,7 +94,8 @@ def plan(name: str, kind: Kind, *, room: Room | None = None, folder: Path | None
         paths = [model, Path("tests/models") / chosen / f"test_{module}.py", Path("evidence") / f"{claim}.py"]
     else:
         paths = [folder / f"{module}.py", folder / f"test_{module}.py", folder / "evidence" / f"{claim}.py"]
-    there = [path for path in paths if path.exists()]
+    docs = Path("docs") if folder is None else folder / "docs"
+    there = [path for path in (*paths, docs / "systems" / f"{name}.md") if path.exists()]
     if there:
         raise ConfigError(f"{there[0]} is there already and stays as it is; choose another name or move it away")
     words = {
@@ -97,7 +109,7 @@ def plan(name: str, kind: Kind, *, room: Room | None = None, folder: Path | None
         "setup": "" if folder is None else _OWN_FOLDER,
     }
     texts = (Template(template).substitute(words) for template in templates)
-    return Scaffold(name=name, kind=kind, folder=folder, texts=dict(zip(paths, texts)))
+    return Scaffold(name=name, kind=kind, folder=folder, texts=dict(zip(paths, texts)), docs=docs)
 
 
 def write(scaffold: Scaffold) -> list[Path]:
@@ -106,7 +118,25 @@ def write(scaffold: Scaffold) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x") as file:
             file.write(text)
-    return list(scaffold.texts)
+    _write_page(scaffold)
+    return [*scaffold.texts, scaffold.page]
+
+
+def _write_page(scaffold: Scaffold) -> None:
+    """The page of the model as it has just been written, and in a clone the list with it."""
+    from shortlist.evaluation import pages
+
+    model = next(iter(scaffold.texts))
+    in_clone = scaffold.folder is None
+    name = ".".join(model.with_suffix("").parts[1:]) if in_clone else f"shortlist_systems_{model.stem}"
+    with registered(model, name):
+        path, text = pages.page_alone(find(scaffold.name))
+        index = scaffold.docs / "systems" / "index.md"
+        if in_clone and index.exists():
+            index.write_text(pages.systems_index(pages.own_systems()))
+    scaffold.page.parent.mkdir(parents=True, exist_ok=True)
+    with (scaffold.docs / path).open("x") as file:
+        file.write(text)
 
 
 def next_steps(scaffold: Scaffold) -> list[str]:
@@ -119,6 +149,7 @@ def next_steps(scaffold: Scaffold) -> list[str]:
             edit,
             f'pytest {test} tests/contracts -k "{words}"',
             f"shortlist prove {claim.stem} --quick",
+            f"shortlist systems --pages docs    when the model has changed, for {scaffold.page}",
             "shortlist systems --markdown    and put the table into README.md",
         ]
     return [
@@ -126,6 +157,7 @@ def next_steps(scaffold: Scaffold) -> list[str]:
         edit,
         f"pytest {test}",
         f"shortlist systems {scaffold.name}",
+        f"shortlist systems {scaffold.name} --pages {scaffold.docs}    when the model has changed",
         f"shortlist prove {claim.stem} --quick --evidence {claim.parent}",
     ]
 
