@@ -110,3 +110,35 @@ def hstu_attention(
 ) -> Tensor:
     """The same as `hstu_attention_reference`, by the fastest way there is for the device."""
     return hstu_attention_reference(q_SHd, k_THd, v_THe, sequences, bias, alpha=alpha, divisor=divisor)
+
+
+def softmax_attention(
+    q_SHd: Tensor,
+    k_THd: Tensor,
+    v_THe: Tensor,
+    sequences: Sequences,
+    bias: RelativeBias,
+    *,
+    alpha: float,
+) -> Tensor:
+    """The twin with softmax(alpha * Q K' + rab) over what a query may see in place of SiLU(...) / n: float [S, H, e]."""
+    out_SHe = v_THe.new_zeros(len(q_SHd), v_THe.shape[1], v_THe.shape[2])
+    for row in range(len(sequences.offsets) - 1):
+        keys = slice(int(sequences.offsets[row]), int(sequences.offsets[row + 1]))
+        queries = slice(int(sequences.query_offsets[row]), int(sequences.query_offsets[row + 1]))
+        num_keys, num_queries = keys.stop - keys.start, queries.stop - queries.start
+        place_j = torch.arange(num_keys, device=q_SHd.device)
+        place_i = place_j[num_keys - num_queries :, None]
+        may_see_ij = (place_j <= place_i) & ((place_j < sequences.num_history[row]) | (place_j == place_i))
+        score_Hij = alpha * torch.einsum("ihd,jhd->hij", q_SHd[queries], k_THd[keys])
+        if bias.position is not None:
+            position_j = sequences.position[keys]
+            reach = (len(bias.position) - 1) // 2
+            apart_ij = position_j - position_j[num_keys - num_queries :, None]
+            score_Hij = score_Hij + bias.position[apart_ij.clamp(-reach, reach) + reach]
+        if bias.time is not None:
+            seconds_ij = sequences.query_time[queries, None] - sequences.key_time[keys]
+            score_Hij = score_Hij + bias.time[time_bucket(seconds_ij, len(bias.time))]
+        weight_Hij = score_Hij.masked_fill(~may_see_ij, -torch.inf).softmax(-1)
+        out_SHe[queries] = torch.einsum("hij,jhe->ihe", weight_Hij, v_THe[keys])
+    return out_SHe

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from shortlist.errors import ConfigError
-from shortlist.kernels.hstu_attention import RelativeBias, Sequences, hstu_attention
+from shortlist.kernels.hstu_attention import RelativeBias, Sequences, hstu_attention, softmax_attention
 
 Variant = Literal["research", "production"]
+Attention = Literal["pointwise", "softmax"]
 NORM_EPS = 1e-6
 
 
@@ -46,6 +47,9 @@ class HSTUBlockConfig:
     """Relative time bias; off where the log has no clock."""
     num_time_buckets: int = 129
     """Buckets of the time bias; each spans a factor of 1.35 of seconds."""
+    attention: Attention = "pointwise"
+    """pointwise: SiLU(scores) / n, which keeps how much there is of what is sought; softmax: its twin in the paper's comparison, with
+    scores scaled by 1 / sqrt(d), which the paper found to need a lower learning rate."""
     block_dropout: float = 0.2
     """Share of gated outputs dropped in training."""
 
@@ -122,20 +126,22 @@ class HSTUBlock(nn.Module):
             u_SX, alpha = silu(u_SX), self.d**-0.5
         new = KeysValues(k_SX.unflatten(-1, (self.heads, self.d)), v_SX.unflatten(-1, (self.heads, self.e)))
         known = new if before is None else appended(before, new, sequences)
-        av_SHe = hstu_attention(
-            q_SX.unflatten(-1, (self.heads, self.d)),
-            known.k_THd,
-            known.v_THe,
-            sequences,
-            RelativeBias(self.position_bias, self.time_bias),
-            alpha=alpha,
-            divisor=self.divisor,
-        )
+        q_SHd, bias = q_SX.unflatten(-1, (self.heads, self.d)), RelativeBias(self.position_bias, self.time_bias)
+        if self.config.attention == "softmax":
+            av_SHe = softmax_attention(q_SHd, known.k_THd, known.v_THe, sequences, bias, alpha=self.d**-0.5)
+        else:
+            av_SHe = hstu_attention(q_SHd, known.k_THd, known.v_THe, sequences, bias, alpha=alpha, divisor=self.divisor)
         av_SX = av_SHe.flatten(1)
         gated_SX = self.norm_out(av_SX) * u_SX
         if self.config.variant == "production":
             gated_SX = torch.cat([u_SX, av_SX, gated_SX], dim=-1)
         return x_SD + self.out(self.dropout(gated_SX)), known
+
+    def flops(self, num_new: int, num_before: int = 0) -> float:
+        """FLOPs of so many new events after so many cached ones: both maps, and scores and sums over the pairs that see each other."""
+        maps = 2 * num_new * (self.project.weight.numel() + self.out.weight.numel())
+        pairs = num_new * num_before + num_new * (num_new + 1) / 2
+        return maps + 2 * pairs * self.heads * (self.d + self.e)
 
 
 def appended(before: KeysValues, new: KeysValues, sequences: Sequences) -> KeysValues:
