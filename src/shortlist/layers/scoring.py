@@ -161,13 +161,21 @@ class EventMarks(nn.Module):
 
     def forward(self, item_ED: Tensor, history: History, time_B: Tensor) -> Tensor:
         """float32 [E, D]: item vectors of the history's events plus their marks; `time_B` int64 [B] seconds of the requests."""
-        if self.actions is not None:
-            item_ED = item_ED + self.actions(history.action)
-        if self.ages is not None:
-            item_ED = item_ED + self.ages(self._bucket(history, time_B))
-        return item_ED
+        return self.add(item_ED, history.action, self.buckets(history, time_B))
 
-    def _bucket(self, history: History, time_B: Tensor) -> Tensor:
+    def add(self, item: Tensor, action: Tensor, bucket: Tensor | None) -> Tensor:
+        """float32 [..., D]: item vectors [..., D] plus marks, for actions [...] and what `buckets` gave of the same events."""
+        if self.actions is not None:
+            item = item + self.actions(action)
+        if self.ages is not None:
+            assert bucket is not None
+            item = item + self.ages(bucket)
+        return item
+
+    def buckets(self, history: History, time_B: Tensor) -> Tensor | None:
+        """int64 [E]: age of each event at `time_B` [B] seconds, or place from the end, by powers of two; None where neither is marked."""
+        if self.ages is None:
+            return None
         row_E = history.items.row_of_value
         if self.recency == "gap":
             age_E = (time_B[row_E] - history.time).clamp(min=0) / 3600
