@@ -193,20 +193,36 @@ def _codes(column: pl.Series) -> list[NDArray[np.int64]]:
 def _canonical_events(table: Table, roles: Roles) -> tuple[pl.DataFrame, ParsedTimes | None, pl.DataFrame]:
     """Events under canonical names, their times, and the bad rows (line, reason, row)."""
     source = table.frame
-    assert roles.user is not None
-    assert roles.item is not None
-    columns = {"user_id": as_ids(source[roles.user]), "item_id": as_ids(source[roles.item])}
-    reasons = [
-        _reason(columns["user_id"].is_null(), "missing user"),
-        _reason(columns["item_id"].is_null(), "missing item"),
-    ]
     times = None
     if roles.timestamp is not None and source[roles.timestamp].null_count() < source.height:
         times = parse_times(source[roles.timestamp], flag("timestamp"))
+    ids = {"user": as_ids(source[roles.user or ""]), "item": as_ids(source[roles.item or ""])}
+    if roles.basket is not None:
+        ids["basket"] = as_ids(source[roles.basket])
+    frame, bad = canonical_events(table, roles, ids, times, {"group_id": _groups(source.height, ids, times)})
+    if bad.height:
+        frame = frame.with_columns(dense_codes(frame.select("group_id")))
+    return frame, times, bad
+
+
+def canonical_events(
+    table: Table, roles: Roles, ids: Mapping[str, pl.Series], times: ParsedTimes | None, groups: Mapping[str, pl.Series]
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Good events under canonical names, and the bad rows (line, reason, row).
+
+    Args:
+        ids: columns of "user" and "item", as `as_ids` makes them.
+        times: None where the log has none.
+        groups: columns that say which rows happened together.
+    """
+    source = table.frame
+    columns = {"user_id": ids["user"].alias("user_id"), "item_id": ids["item"].alias("item_id")}
+    reasons = [_reason(ids["user"].is_null(), "missing user"), _reason(ids["item"].is_null(), "missing item")]
+    if times is not None:
         columns["timestamp"] = times.at
         reasons.append(times.reason)
     columns["action"] = _actions(source, roles)
-    columns["group_id"] = _groups(source, roles, columns, times)
+    columns |= groups
     for role, name in _CANONICAL.items():
         if (column := getattr(roles, role)) is None:
             continue
@@ -220,11 +236,7 @@ def _canonical_events(table: Table, roles: Roles) -> tuple[pl.DataFrame, ParsedT
             columns[f"source_{name}" if name in RESERVED else name] = source[name]
     columns, finite = _without_nan(columns)
     frame, bad = _split_bad(pl.DataFrame(columns), table, [*reasons, *finite])
-    if bad.height:
-        frame = frame.with_columns(dense_codes(frame.select("group_id")))
-    if times is None:
-        return frame, None, bad
-    return frame.with_columns(pl.col("timestamp").cast(pl.Datetime("ms"))), times, bad
+    return frame if times is None else frame.with_columns(pl.col("timestamp").cast(pl.Datetime("ms"))), bad
 
 
 def as_ids(column: pl.Series) -> pl.Series:
@@ -245,6 +257,8 @@ def as_ids(column: pl.Series) -> pl.Series:
 
 
 def _reason(mask: pl.Series, words: str) -> pl.Series:
+    if not mask.any():
+        return pl.Series([None], dtype=pl.String).new_from_index(0, len(mask))
     return pl.select(pl.when(mask).then(pl.lit(words)).otherwise(pl.lit(None, dtype=pl.String))).to_series()
 
 
@@ -254,17 +268,15 @@ def _actions(source: pl.DataFrame, roles: Roles) -> pl.Series:
     return source[roles.action].cast(pl.String).fill_null("unknown")
 
 
-def _groups(source: pl.DataFrame, roles: Roles, columns: dict[str, pl.Series], times: ParsedTimes | None) -> pl.Series:
+def _groups(num_rows: int, ids: Mapping[str, pl.Series], times: ParsedTimes | None) -> pl.Series:
     """One number per (user, basket); per (user, exact time) where there is no basket; per event where there is neither."""
-    row = pl.int_range(source.height, dtype=pl.Int64, eager=True)
+    row = pl.int_range(num_rows, dtype=pl.Int64, eager=True)
     when = row if times is None else times.exact
-    keys = {"user": columns["user_id"], "when": when}
-    if roles.basket is not None:
-        basket = as_ids(source[roles.basket])
-        frame = pl.DataFrame({"basket": basket, "when": when})
-        keys = {
-            "user": columns["user_id"],
-            "basket": basket,
+    keys = {"user": ids["user"], "when": when}
+    if "basket" in ids:
+        frame = pl.DataFrame({"basket": ids["basket"], "when": when})
+        keys |= {
+            "basket": ids["basket"],
             "when": frame.select(pl.when(pl.col("basket").is_null()).then("when")).to_series(),
         }
     return dense_codes(pl.DataFrame(keys))
