@@ -14,9 +14,12 @@ from shortlist.errors import ConfigError
 from shortlist.layers.attention import (
     CausalSelfAttention,
     LengthClasses,
+    SelfAttention,
     attention_flops,
     causal_attention,
     causal_attention_reference,
+    whole_attention,
+    whole_attention_reference,
 )
 
 LENGTHS = [3, 0, 17, 1, 16, 40, 2, 33]
@@ -40,15 +43,33 @@ def test_classes_by_hand():
     assert classes.place.tolist() == [0, 1, 4, 5, 6, 2]
 
 
+def test_padding_is_known_by_hand():
+    classes = LengthClasses.of(Jagged.from_rows([[0, 0], [0, 0, 0], [0]]), width=2)
+    assert classes.is_real.tolist() == [True, True, True, False, True, True, True]
+    assert classes.is_full == (False, True)
+
+
+def test_whole_attention_by_hand():
+    # As above, but the first position (query 2, keys 0 and ln 3) sees the second too: weights 1/10 and 9/10.
+    q, k, v = (torch.tensor(x).view(2, 1, 1) for x in ([2.0, 1.0], [0.0, math.log(3)], [1.0, 3.0]))
+    classes = LengthClasses.of(Jagged.from_rows([[0, 0]]))
+    torch.testing.assert_close(whole_attention(q, k, v, classes).flatten(), torch.tensor([2.8, 2.5]))
+
+
 @pytest.mark.parametrize("width", [1, 16, 1000])
 @pytest.mark.parametrize("num_heads", [1, 4])
-def test_agrees_with_the_reference_in_value_and_gradient(width, num_heads):
+@pytest.mark.parametrize(
+    ("attention", "reference"),
+    [(causal_attention, causal_attention_reference), (whole_attention, whole_attention_reference)],
+    ids=["causal", "whole"],
+)
+def test_agrees_with_the_reference_in_value_and_gradient(width, num_heads, attention, reference):
     torch.manual_seed(0)
     rows = jagged(LENGTHS)
     qkv = [torch.randn(sum(LENGTHS), num_heads, 8, requires_grad=True) for _ in range(3)]
     weights = torch.randn(sum(LENGTHS), num_heads, 8)
-    fast = causal_attention(*qkv, LengthClasses.of(rows, width))
-    plain = causal_attention_reference(*qkv, rows)
+    fast = attention(*qkv, LengthClasses.of(rows, width))
+    plain = reference(*qkv, rows)
     torch.testing.assert_close(fast, plain)
     fast_gradients = torch.autograd.grad((fast * weights).sum(), qkv)
     plain_gradients = torch.autograd.grad((plain * weights).sum(), qkv)
@@ -69,6 +90,28 @@ def test_agrees_with_torch_multihead_attention():
     later = torch.ones(5, 5, dtype=torch.bool).triu(1)
     expected, _ = theirs(padded, padded, padded, attn_mask=later, key_padding_mask=~is_real)
     torch.testing.assert_close(ours(rows.values, rows.values, LengthClasses.of(rows)), expected[is_real])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_asking_for_some_positions_gives_theirs(causal):
+    torch.manual_seed(0)
+    attention = SelfAttention(8, 2)
+    rows = jagged(LENGTHS, 8)
+    classes, at = LengthClasses.of(rows), torch.tensor([0, 5, 40, 111])
+    every = attention(rows.values, rows.values, classes, causal=causal)
+    torch.testing.assert_close(attention(rows.values, rows.values, classes, causal=causal, at=at), every[at])
+
+
+def test_without_a_causal_mask_later_positions_matter_and_other_sequences_do_not():
+    torch.manual_seed(0)
+    attention = SelfAttention(8, 2)
+    rows = jagged([6, 4], 8)
+    classes = LengthClasses.of(rows)
+    changed = rows.values.clone()
+    changed[5] = torch.randn(8)
+    before, after = (attention(x, x, classes, causal=False) for x in (rows.values, changed))
+    assert not torch.isclose(before[:6], after[:6]).all(1).any()
+    assert torch.equal(before[6:], after[6:])
 
 
 def test_later_positions_do_not_change_earlier_ones_nor_other_sequences():

@@ -1,12 +1,13 @@
-"""Causal multi-head self-attention over sequences of different lengths.
+"""Multi-head self-attention over sequences of different lengths, causal or over the whole sequence.
 
 B sequences, total = all their positions end to end, D width, H heads, d = D / H width of a head, L longest of a length class,
-R sequences of a class.
+R sequences of a class, P positions that are asked for.
 
 Sequences are cut into classes of similar length; each class is padded to its longest member and attended with PyTorch's fused
 kernel. Padding stands at the RIGHT, where a causal mask hides it from every real position, so no second mask is needed and no row can
-be wholly masked (which would give NaN). `benchmarks/sasrec_step.py` compares class widths with one padded block and one class per
-length; PyTorch's nested tensors have no causal kernel on CPU (torch 2.13).
+be wholly masked (which would give NaN). Attention over the whole sequence masks the padding of those classes that have any.
+`benchmarks/sasrec_step.py` compares class widths with one padded block and one class per length; PyTorch's nested tensors have no
+causal kernel on CPU (torch 2.13).
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class LengthClasses:
     """int64 [sum of R * L]: position in `total` that fills each cell, classes end to end."""
     place: Tensor
     """int64 [total]: the cell in which each position stands."""
+    is_real: Tensor
+    """bool [sum of R * L]: cells that are no padding."""
+    is_full: tuple[bool, ...]
+    """Of each class: it has no padding."""
 
     @classmethod
     def of(cls, rows: Jagged, width: int = CLASS_WIDTH) -> LengthClasses:
@@ -45,6 +50,7 @@ class LengthClasses:
         lengths_B = offsets.diff()
         class_B = (lengths_B + width - 1).div(width, rounding_mode="floor")
         shapes, cells, places = [], [], torch.empty(int(offsets[-1]), dtype=torch.int64)
+        reals, is_full = [], []
         num_cells = 0
         for number in class_B[lengths_B > 0].unique().tolist():
             row_R = (class_B == number).nonzero()[:, 0]
@@ -56,10 +62,13 @@ class LengthClasses:
             places[cell_RL[is_real_RL]] = num_cells + is_real_RL.flatten().nonzero()[:, 0]
             shapes.append((len(row_R), longest))
             cells.append(cell_RL.flatten())
+            reals.append(is_real_RL.flatten())
+            is_full.append(int(length_R.min()) == longest)
             num_cells += cell_RL.numel()
         gather = torch.cat(cells) if cells else places
+        is_real = torch.cat(reals) if reals else places.bool()
         device = rows.offsets.device
-        return cls(tuple(shapes), gather.to(device), places.to(device))
+        return cls(tuple(shapes), gather.to(device), places.to(device), is_real.to(device), tuple(is_full))
 
 
 def causal_attention(
@@ -73,33 +82,73 @@ def causal_attention(
         dropout: share of attention weights set to 0 (pass 0 outside training). On CPU any dropout leaves the fused kernel: about
             1.6 times the time with one head and 2.5 times with four.
     """
+    return _attention(q_THd, k_THd, v_THd, classes, classes.place, causal=True, dropout=dropout)
+
+
+def whole_attention(
+    q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, classes: LengthClasses, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q k' / sqrt(d)) v over all positions of the own sequence, before and after: float [total, H, d].
+
+    Arguments as of `causal_attention`.
+    """
+    return _attention(q_THd, k_THd, v_THd, classes, classes.place, causal=False, dropout=dropout)
+
+
+def _attention(
+    q_THd: Tensor,
+    k_THd: Tensor,
+    v_THd: Tensor,
+    classes: LengthClasses,
+    place_P: Tensor,
+    *,
+    causal: bool,
+    dropout: float,
+) -> Tensor:
+    """Either attention at the positions whose cells are `place_P` int64 [P]: float [P, H, d]."""
     if not classes.shapes:
         return v_THd
     num_heads, width = q_THd.shape[1:]
     sizes = [R * L for R, L in classes.shapes]
     # One gather for all classes: each gather's backward pass would clear and add a tensor of the whole batch.
     q_cells, k_cells, v_cells = (x_THd.index_select(0, classes.gather).split(sizes) for x_THd in (q_THd, k_THd, v_THd))
-    blocks = []
-    for (R, L), *qkv in zip(classes.shapes, q_cells, k_cells, v_cells):
+    reals, blocks = classes.is_real.split(sizes), []
+    for (R, L), is_real, is_full, *qkv in zip(
+        classes.shapes, reals, classes.is_full, q_cells, k_cells, v_cells, strict=True
+    ):
         q_RHLd, k_RHLd, v_RHLd = (x.view(R, L, num_heads, width).transpose(1, 2) for x in qkv)
-        out_RHLd = scaled_dot_product_attention(q_RHLd, k_RHLd, v_RHLd, is_causal=True, dropout_p=dropout)
+        visible_R11L = None if causal or is_full else is_real.view(R, 1, 1, L)
+        out_RHLd = scaled_dot_product_attention(
+            q_RHLd, k_RHLd, v_RHLd, attn_mask=visible_R11L, is_causal=causal, dropout_p=dropout
+        )
         blocks.append(out_RHLd.transpose(1, 2).reshape(R * L, num_heads, width))
-    return torch.cat(blocks).index_select(0, classes.place)
+    return torch.cat(blocks).index_select(0, place_P)
 
 
 def causal_attention_reference(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, rows: Jagged) -> Tensor:
-    """The same, one sequence at a time with the softmax written out; for tests."""
+    """`causal_attention`, one sequence at a time with the softmax written out; for tests."""
+    return _attention_reference(q_THd, k_THd, v_THd, rows, causal=True)
+
+
+def whole_attention_reference(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, rows: Jagged) -> Tensor:
+    """`whole_attention`, one sequence at a time with the softmax written out; for tests."""
+    return _attention_reference(q_THd, k_THd, v_THd, rows, causal=False)
+
+
+def _attention_reference(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, rows: Jagged, *, causal: bool) -> Tensor:
     out = torch.empty_like(v_THd)
     for start, stop in zip(rows.offsets[:-1].tolist(), rows.offsets[1:].tolist()):
         q, k, v = (x_THd[start:stop].transpose(0, 1) for x_THd in (q_THd, k_THd, v_THd))
         logit_HLL = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
-        is_later_LL = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
-        out[start:stop] = (logit_HLL.masked_fill(is_later_LL, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+        if causal:
+            is_later_LL = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+            logit_HLL = logit_HLL.masked_fill(is_later_LL, -torch.inf)
+        out[start:stop] = (logit_HLL.softmax(-1) @ v).transpose(0, 1)
     return out
 
 
-class CausalSelfAttention(nn.Module):
-    """Queries from one input, keys and values from another (or the same), heads, causal softmax, and an output map if wanted.
+class SelfAttention(nn.Module):
+    """Queries from one input, keys and values from another (or the same), heads, softmax, and an output map if wanted.
 
     Args:
         width: D, a multiple of num_heads.
@@ -117,28 +166,44 @@ class CausalSelfAttention(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width) if output_map else nn.Identity()
 
-    def forward(self, query_TD: Tensor, source_TD: Tensor, classes: LengthClasses) -> Tensor:
+    def forward(
+        self,
+        query_TD: Tensor,
+        source_TD: Tensor,
+        classes: LengthClasses,
+        *,
+        causal: bool = True,
+        at: Tensor | None = None,
+    ) -> Tensor:
         """float [total, D]: each position's mix of the positions up to itself, in its own sequence.
 
         Args:
             query_TD: what asks, [total, D].
             source_TD: what is read, [total, D]; pass the same tensor for plain self-attention.
+            causal: False = each position reads those after it too.
+            at: int64 [P], positions wanted; the result is then [P, D], and the output map is applied to them alone.
         """
         total, width = query_TD.shape
         heads = (total, self.num_heads, width // self.num_heads)
         k_TD, v_TD = self.key_value(source_TD).chunk(2, dim=-1)
-        mixed_THd = causal_attention(
+        mixed_PHd = _attention(
             self.query(query_TD).view(heads),
             k_TD.reshape(heads),
             v_TD.reshape(heads),
             classes,
-            self.dropout if self.training else 0.0,
+            classes.place if at is None else classes.place[at],
+            causal=causal,
+            dropout=self.dropout if self.training else 0.0,
         )
-        return self.out(mixed_THd.reshape(total, width))
+        return self.out(mixed_PHd.reshape(len(mixed_PHd), width))
 
 
-def attention_flops(length: int, width: int, *, output_map: bool = True) -> float:
-    """FLOPs of one causal self-attention layer over `length` positions: maps, and scores and mix over half the square."""
+CausalSelfAttention = SelfAttention
+"""The name for those who never look ahead: causal is what `SelfAttention` does unless told otherwise."""
+
+
+def attention_flops(length: int, width: int, *, output_map: bool = True, causal: bool = True) -> float:
+    """FLOPs of one self-attention layer over `length` positions: maps, and scores and mix over half the square if causal."""
     maps = 2 * length * width * width * (4 if output_map else 3)
-    pairs = length * (length + 1) / 2
+    pairs = length * (length + 1) / 2 if causal else length * length
     return maps + 4 * pairs * width

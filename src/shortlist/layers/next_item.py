@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,18 @@ class NextItemConfig:
             )
 
 
+class ItemVectors(Protocol):
+    """What makes vectors of items: an ItemEncoder, or one with columns of the system's own beside it."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """float [*, D] for catalogue rows [...] int64."""
+        ...
+
+    def all(self) -> Tensor:
+        """float [n + 1, D]: every item."""
+        ...
+
+
 class NextItemLoss(nn.Module):
     """The loss of supervised positions, and the scaling that makes scores of vectors.
 
@@ -93,7 +105,7 @@ class NextItemLoss(nn.Module):
 
     def forward(
         self,
-        items: ItemEncoder,
+        items: ItemVectors,
         query_PD: Tensor,
         targets: NextTargets,
         history: Jagged,
