@@ -6,11 +6,13 @@ from shortlist.data.batches import History
 from shortlist.data.histories import Histories
 from shortlist.data.jagged import Jagged
 from shortlist.layers.counting import (
+    PairSums,
     add_sparse_rows,
     distinct_events,
     group_runs,
     groups_ago,
     pair_sums,
+    plain_add_sparse_rows,
     sparse_rows,
     sum_by_key,
     then_popular,
@@ -92,15 +94,41 @@ def test_add_sparse_rows_is_a_matrix_product(entries_at_once):
     dense = random.random((6, 6)) * (random.random((6, 6)) < 0.5)
     dense[0] = dense[2] = 0
     row, column = dense.nonzero()
-    from shortlist.layers.counting import PairSums
-
     matrix = sparse_rows([PairSums(row, column, dense[row, column])], 6)
     request, item, weight = random.integers(0, 3, 20), random.integers(0, 6, 20), random.random(20)
     users = np.zeros((3, 6))
     np.add.at(users, (request, item), weight)
     tensors = (torch.from_numpy(request), torch.from_numpy(item), torch.from_numpy(weight).float())
-    got = add_sparse_rows(torch.zeros(3, 6), *tensors, matrix, entries_at_once)
+    got = plain_add_sparse_rows(torch.zeros(3, 6), *tensors, matrix, entries_at_once)
     torch.testing.assert_close(got, torch.from_numpy(users @ dense).float())
+
+
+@pytest.mark.parametrize(("num_requests", "num_rows", "density"), [(1, 40, 0.5), (17, 300, 0.3), (30, 2_000, 0.001)])
+def test_the_product_agrees_with_the_plain_form(num_requests, num_rows, density):
+    """Repeated items of a request, requests without events, items without a row, and scores that are there already."""
+    random = np.random.default_rng(num_requests)
+    dense = np.where(random.random((num_rows, num_rows)) < density, random.random((num_rows, num_rows)) * 9, 0)
+    dense[:, 0] = dense[3] = 0
+    row, column = dense.nonzero()
+    matrix = sparse_rows([PairSums(row, column, dense[row, column])], num_rows)
+    request = np.sort(random.choice(np.arange(num_requests)[:: 2 if num_requests > 1 else 1], 200))
+    item, weight = random.integers(0, num_rows, 200), random.random(200).astype(np.float32)
+    given = [torch.from_numpy(x) for x in (request, item, weight)]
+    before = torch.from_numpy(random.random((num_requests, num_rows)).astype(np.float32))
+    fast, plain = (add(before.clone(), *given, matrix) for add in (add_sparse_rows, plain_add_sparse_rows))
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+    if num_requests > 1:
+        assert torch.equal(fast[1], before[1])
+    expected = before.double().numpy()
+    np.add.at(expected, request, weight[:, None].astype(np.float64) * dense[item])
+    np.testing.assert_allclose(fast.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_add_adds_nothing():
+    empty, scores = sparse_rows([], 5), torch.ones(2, 5)
+    one = torch.tensor([1])
+    assert torch.equal(add_sparse_rows(scores.clone(), one, one, one.float(), empty), scores)
+    assert torch.equal(add_sparse_rows(scores.clone(), one[:0], one[:0], one[:0].float(), empty), scores)
 
 
 def test_the_rest_follows_by_popularity():

@@ -11,6 +11,7 @@ any other, beside the first, and needs the extra [baselines].
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,4 +100,6 @@ def train_trees(
         )
         if same_data and there.config.to_toml() == config.to_toml():
             return there
+    if progress:
+        print(f"{TREES} in place of the rankers:", file=sys.stderr, flush=True)
     return train_cascade(run.dataset, config, out, progress=progress, resume=not fresh, shared=shared)
