@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shortlist.errors import ConfigError
 
-Activation = Literal["relu", "silu", "gelu", "prelu", "dice"]
+Activation = Literal["relu", "silu", "gelu", "sigmoid", "prelu", "dice"]
 Norm = Literal["none", "batch", "layer"]
 
 
@@ -81,11 +81,13 @@ def make_activation(name: Activation, width: int) -> nn.Module:
             return nn.SiLU()
         case "gelu":
             return nn.GELU()
+        case "sigmoid":
+            return nn.Sigmoid()
         case "prelu":
             return PReLU(width)
         case "dice":
             return Dice(width)
-    raise ConfigError(f"no activation named {name!r}; choose relu, silu, gelu, prelu or dice")
+    raise ConfigError(f"no activation named {name!r}; choose relu, silu, gelu, sigmoid, prelu or dice")
 
 
 def _norm(name: Norm, width: int) -> list[nn.Module]:

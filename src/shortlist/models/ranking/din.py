@@ -6,14 +6,16 @@
 Differences from the paper:
 1. Weights are normalised by a softmax over the history, scaled by sqrt(D), as in the authors' released code, from which the
    public figures come; `weights="none"` is the paper's sum, which keeps the intensity of an interest, `"sigmoid"` lies between.
-2. The activation unit reads [q, k, q - k, q * k], as the released code, for the paper's outer product.
+2. The activation unit reads [q, k, q - k, q * k], as the released code, for the paper's outer product. That code's unit is
+   `unit_widths=(80, 40)` with `unit_activation="sigmoid"`.
 3. `cross` gives the tower q * v(q) as well, the product of candidate and interest, as the authors' later code does with
    the pooled history: without it the tower must learn from scratch to compare the two.
 4. User-item pair fields are read, and the loss is a softmax over a request's candidates unless "bce", the paper's, is chosen.
 5. In the regulariser, n_j counts the events of item j in the training log: the paper's count over training samples is not known
-   before the samples are drawn. The unknown row is left out.
-6. One hidden layer of 16 in the activation unit by default (36 in the paper's figure, 80 and 40 in the code): its width is what a
-   step and a request cost.
+   before the samples are drawn. The unknown row is left out. Only rows of the batch get a gradient, but dense Adam also moves
+   rows that it saw before: `table.sparse` gives the paper's update, which leaves all others as they are. `l2` is the usual decay of the
+   rows read, whatever their counts, to compare with.
+6. One hidden layer of 16 in the activation unit by default (36 in the paper's figure): its width is what a step and a request cost.
 
 B requests, C most candidates of a request, t candidates end to end, E history events end to end, L longest history, p (candidate, event)
 pairs end to end, D width of a vector, P first hidden width of the activation unit, W of the tower, T tasks.
@@ -64,7 +66,9 @@ class DINConfig:
     weights: Weights = "softmax"
     """How the units' outputs become weights: softmax over the history (released code), none (the paper), or sigmoid each."""
     activation: Activation = "dice"
-    """Of the tower and of the activation unit."""
+    """Of the tower and, where it has none of its own, of the activation unit."""
+    unit_activation: Activation | None = None
+    """Of the activation unit; None = as the tower."""
     dropout: float = 0.1
     """Share of the tower's hidden units set to 0 in training."""
     norm: Norm = "none"
@@ -79,6 +83,8 @@ class DINConfig:
     """softmax over a request's candidates; bce gives scores that are logits of a probability. Rows with one candidate use bce."""
     mba: float = 0.01
     """Strength of the mini-batch aware L2 on item rows; 0 = none."""
+    l2: float = 0.0
+    """Strength of a plain L2 on the same rows, not weighed by their counts; 0 = none."""
     use_ids: bool = True
     """Read the items' own id rows; False leaves only their fields."""
     use_user_ids: bool = False
@@ -106,7 +112,14 @@ class DINConfig:
         )
 
     def __post_init__(self) -> None:
-        for name, least in (("dim", 1), ("max_history", 1), ("pairs_at_once", 1), ("pair_bins", 0), ("mba", 0)):
+        for name, least in (
+            ("dim", 1),
+            ("max_history", 1),
+            ("pairs_at_once", 1),
+            ("pair_bins", 0),
+            ("mba", 0),
+            ("l2", 0),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"din: {name} must be at least {least}, got {getattr(self, name)}")
         if not self.unit_widths:
@@ -189,7 +202,7 @@ class DIN(Ranker):
         readable = space if config.use_ids else replace(space, known_items=torch.zeros_like(space.known_items))
         self.items = ItemEncoder(readable, config.dim, id_dropout=config.id_dropout, table=config.table)
         self.marks = EventMarks(space, config.dim, config.recency)
-        self.unit = ActivationUnit(config.dim, config.unit_widths, config.activation)
+        self.unit = ActivationUnit(config.dim, config.unit_widths, config.unit_activation or config.activation)
         self.head = CandidateHead(
             space, config.dim, (3 if config.cross else 2) * config.dim, config.head(), table=config.table
         )
@@ -263,7 +276,7 @@ class DIN(Ranker):
     def losses(self, batch: Batch) -> Losses:
         """By task, as `config.loss` says; the regulariser is added to the first."""
         losses = self.head.losses(self.score(batch), batch)
-        if self.config.mba:
+        if self.config.mba or self.config.l2:
             losses[self.space.tasks[0]] = losses[self.space.tasks[0]] + self.regulariser(batch)
         return losses
 
@@ -271,11 +284,12 @@ class DIN(Ranker):
         """Mini-batch aware L2 (equations 7 and 8): mba / 2 * sum of |w_j|^2 / n_j over the item rows j that the batch reads.
 
         Its gradient is mba / n_j * w_j on those rows and none on others: a frequent item is decayed less per touch, a rare one more.
+        `l2` adds l2 * w_j to it.
         """
         read = torch.cat([batch.candidate_rows.values, batch.history.last(self.max_history).items.values]).unique()
         read = read[self.items.known_items[read]]
         squares = self.items.ids(read).square().sum(1)
-        return self.config.mba / 2 * (squares / self.num_events[read]).sum()
+        return 0.5 * (squares * (self.config.mba / self.num_events[read] + self.config.l2)).sum()
 
     def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
         """Once: vectors of the past and the request's layer. Per candidate: its vector, one activation unit per event, the tower."""
