@@ -132,12 +132,10 @@ def test_the_interest_memory_changes_the_tokens_and_learns_only_what_it_read():
 
 def test_it_learns_the_next_item_beyond_its_chunk():
     """What follows is said by the first event alone, which is far outside the last chunk."""
-    rows = [
-        [[kind], *[[item] for item in (5, 6, 7, 8, 9, 10)], [kind + 10]] for kind in (1, 2, 3, 4) for _ in range(24)
-    ]
+    rows = [[[kind], *[[item] for item in (5, 6, 7, 8)], [kind + 10]] for kind in (1, 2, 3, 4) for _ in range(32)]
     view = view_of(rows, 14)
-    model = learn(make(view, chunk=2, dim=16), view, epochs=70)
-    asked = batch_of(view, [[kind, 5, 6, 7, 8, 9, 10] for kind in (1, 2, 3, 4)])
+    model = learn(make(view, chunk=2, dim=16, num_blocks=1), view, epochs=80)
+    asked = batch_of(view, [[kind, 5, 6, 7, 8] for kind in (1, 2, 3, 4)])
     assert model.retrieve(asked, 1).rows[:, 0].tolist() == [11, 12, 13, 14]
 
 

@@ -159,9 +159,7 @@ class ElasticBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # Beside unit experts, what is gathered would be lost in weights as small as those of the residual branches.
-                is_wide = module is self.gather or module is self.experts_out
-                nn.init.normal_(module.weight, std=dim**-0.5 if is_wide else config.init_std)
+                nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
     def forward(self, x_TD: Tensor, chunks: Chunks, before: Sums) -> tuple[Tensor, Sums]:
