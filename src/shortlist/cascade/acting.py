@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from shortlist.cascade.candidates import Blocked
 from shortlist.cascade.indexing import find_nearest
+from shortlist.cascade.watch import Problem, Watch
 from shortlist.data.batches import Batch
 from shortlist.data.jagged import Jagged
 from shortlist.errors import ConfigError
@@ -50,12 +51,24 @@ class Recall(NamedTuple):
 
     name: str
     memories: Memories
+    watch: Watch | None = None
+    """Told of memories that were too old."""
 
     def __call__(self, system: Remembering, batch: Batch) -> Any:
         """The user side of a batch, from what is remembered; what the system gives is remembered in turn."""
         state, kept = system.recall(batch, self.memories.get(self.name, batch.key))
         self.memories.put(self.name, batch.key, kept)
+        if self.watch is not None and isinstance(system, Remarking):
+            self.watch.problems += [Problem(f"{self.name} {text}", mask_B) for mask_B, text in system.remarks(state)]
         return state
+
+
+@runtime_checkable
+class Remarking(Protocol):
+    """A system that remembers and can tell when it went on from something too old."""
+
+    def remarks(self, state: Any) -> list[tuple[Tensor, str]]:
+        """Requests bool [B] of a state that `recall` made, and what to say of them after the system's name."""
 
 
 def search(

@@ -295,7 +295,10 @@ class Cascade:
         for name in action.systems:
             index = indexes.get(name)
             found = watch.attempt(
-                name, partial(search, self.systems[name], funnel.batch, keep, funnel.blocked, index, self._recall(name))
+                name,
+                partial(
+                    search, self.systems[name], funnel.batch, keep, funnel.blocked, index, self._recall(name, watch)
+                ),
             )
             if found is not None:
                 searches[name] = found
@@ -381,7 +384,9 @@ class Cascade:
                 continue
             system = self.systems[name]
             watch.flops += score_flops(system, *self._sizes(funnel))
-            given = watch.attempt(name, partial(score, system, funnel.candidates(system.space), self._recall(name)))
+            given = watch.attempt(
+                name, partial(score, system, funnel.candidates(system.space), self._recall(name, watch))
+            )
             if given is not None:
                 raw[name], bad[name] = finite(funnel.rows, given)
                 watch.note_bad(name, bad[name])
@@ -399,8 +404,8 @@ class Cascade:
         nothing = Jagged.from_lengths(batch.user[:0], torch.zeros_like(batch.user))
         return _Funnel(batch, blocked, nothing, torch.zeros(0, device=self.device))
 
-    def _recall(self, name: str) -> Recall | None:
-        return None if self.memories is None else Recall(name, self.memories)
+    def _recall(self, name: str, watch: Watch) -> Recall | None:
+        return None if self.memories is None else Recall(name, self.memories, watch)
 
     def _add_pairs(self, funnel: _Funnel) -> None:
         if funnel.wants_pairs:

@@ -28,9 +28,10 @@ from shortlist.cascade.candidates import Blocked, first_permitted
 from shortlist.cascade.cascade import Page, StageTrace
 from shortlist.cascade.live import Live, load_live
 from shortlist.cascade.meter import Meter
-from shortlist.cascade.pasts import Newer, PastEvent, newer_of, pasts, sent_history
+from shortlist.cascade.pasts import Newer, PastEvent, newer_of, newer_stored, pasts, sent_history
 from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.rules import Rules, Ruling, rule
+from shortlist.cascade.summaries import open_summaries
 from shortlist.data.batches import Batch, request_batch
 from shortlist.data.histories import Histories, Int
 from shortlist.data.jagged import Jagged
@@ -61,7 +62,7 @@ class EngineConfig:
     batch_size: int = 256
     """Requests answered together by `recommend_many`."""
     memory_mib: int = 256
-    """Bound of what systems remember of users between requests, in MiB; 0 = nothing is remembered."""
+    """Bound of what systems remember of users between requests, in MiB; 0 = nothing but what `shortlist refresh` wrote is remembered."""
 
     def __post_init__(self) -> None:
         for name in ("max_k", "max_ids", "max_sent_history", "batch_size"):
@@ -209,8 +210,11 @@ class Engine:
         return live.version
 
     def _remembering(self, live: Live) -> Live:
-        """Memories belong to a snapshot: those of another one's weights would be wrong."""
-        live.cascade.memories = Memories(self.config.memory_mib << 20) if self.config.memory_mib else None
+        """Memories belong to a snapshot, and so do summaries beside it: those of another one's weights would be wrong."""
+        backings, problems = open_summaries(live)
+        live.problems = tuple(problems)
+        wanted = self.config.memory_mib or backings
+        live.cascade.memories = Memories(self.config.memory_mib << 20, backings) if wanted else None
         return live
 
     def recommend(
@@ -256,7 +260,7 @@ class Engine:
         """The page that `recommend` gives to the same question, with what every stage did. Not logged, not metered."""
         live = self._live
         asked = self._check(live, user, k, history, None, None, None, None, (), None)
-        problems: list[str] = []
+        problems = list(live.problems)
         known = self._known(live, asked, problems)
         page = self._page(live, asked, known, _rulings(live, asked, known)[0].allowed, problems)
         return Traced(
@@ -386,7 +390,7 @@ class Engine:
 
     def _answer(self, live: Live, asked: _Asked, began: float, *, log: bool) -> list[Answer]:
         """Answers to B questions, whatever happens."""
-        problems: list[str] = []
+        problems = list(live.problems)
         known = self._known(live, asked, problems)
         rulings = _rulings(live, asked, known)
         page = self._page(live, asked, known, rulings[0].allowed, problems)
@@ -465,18 +469,7 @@ class Engine:
         return past, np.maximum(moments, _last_times(past)) if live.dataset.space.has_clock else moments
 
     def _stored(self, live: Live, users: Sequence[Id | None]) -> Newer | None:
-        if self.events is None:
-            return None
-        stored = self.events.history(["" if user is None else str(user) for user in users])
-        if not len(stored):
-            return None
-        return Newer(
-            user=stored.user,
-            item=live.items(stored.item),
-            time_ms=stored.time_ms,
-            action=live.action_ids(stored.action),
-            value=stored.value,
-        )
+        return None if self.events is None else newer_stored(self.events, users, live.items, live.action_ids)
 
 
 def _reason(what: str, error: Exception) -> str:

@@ -18,8 +18,10 @@ from shortlist.data.schema import FieldTable
 class Live:
     """A run as the engine serves it: everything that changes together when a new snapshot comes."""
 
-    def __init__(self, dataset: Dataset, cascade: Cascade, version: str) -> None:
-        self.dataset, self.cascade, self.version = dataset, cascade, version
+    def __init__(self, dataset: Dataset, cascade: Cascade, version: str, folder: Path | None = None) -> None:
+        self.dataset, self.cascade, self.version, self.folder = dataset, cascade, version, folder
+        self.problems: tuple[str, ...] = ()
+        """What is wrong with files beside the run; every answer says so."""
         self.users, self.items = Numbers(dataset.user_ids), Numbers(dataset.item_ids)
         self.user_fields: FieldTable = dataset.users
         self.log_end: int = dataset.plan.now["end"]
@@ -48,7 +50,7 @@ class Live:
 def load_live(folder: Path) -> Live:
     """Read a run and answer once; SnapshotError when `folder` is no run or is damaged."""
     run = load_run(folder)
-    live = Live(run.dataset, run.cascade, run.version)
+    live = Live(run.dataset, run.cascade, run.version, folder.absolute())
     _warm(live)
     return live
 

@@ -9,7 +9,7 @@ B users of a request, N newer events.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from shortlist.data.encode import events_of, sort_events
 from shortlist.data.histories import Histories, Int
 from shortlist.data.vocabulary import Id, Vocabulary
 from shortlist.errors import DataError
+from shortlist.store.events import EventStore
 
 MS = 1000
 SPACING_S = 60
@@ -147,6 +148,22 @@ def newer_of(events: Sequence[PastEvent], items: Numbers, action_ids: Int, at: f
         time_ms=np.array([round(time * MS) for time in times], dtype=np.int64),
         action=action_ids,
         value=np.array([1.0 if event.value is None else event.value for event in events], dtype=np.float32),
+    )
+
+
+def newer_stored(
+    events: EventStore, users: Sequence[Id | None], items: Numbers, action_ids: Callable[[list[str | None]], Int]
+) -> Newer | None:
+    """What an event store has of the users; None where it has nothing. StoreUnavailable when it can not be read."""
+    stored = events.history(["" if user is None else str(user) for user in users])
+    if not len(stored):
+        return None
+    return Newer(
+        user=stored.user,
+        item=items(stored.item),
+        time_ms=stored.time_ms,
+        action=action_ids(list(stored.action)),
+        value=stored.value,
     )
 
 

@@ -159,6 +159,12 @@ class EventStore:
                 found += connection.execute(self._many_users, {"users": chunk})
         return _in_order_of(users, found)
 
+    def users(self) -> list[str]:
+        """Everyone with an event, in the order of their first one kept."""
+        wanted = select(EVENTS.c.user_id).group_by(EVENTS.c.user_id).order_by(func.min(EVENTS.c.id))
+        with available(self.path), self._engine.connect() as connection:
+            return list(connection.scalars(wanted))
+
     def __len__(self) -> int:
         """Events kept."""
         with available(self.path), self._engine.connect() as connection:

@@ -1,11 +1,15 @@
-"""What systems remember of users between requests: in this process, within a bound, least recently used first out."""
+"""What systems remember of users between requests: in this process, within a bound, least recently used first out.
+
+Behind a system's memories may stand a backing, such as a file of summaries made near-line: it is asked for users who are not remembered.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from shortlist.errors import ConfigError
 from shortlist.models.base import Memory
@@ -23,6 +27,18 @@ class MemoryStatus:
     max_bytes: int
     num_hits: int
     num_misses: int
+    num_read: int
+    """Hits that a backing gave."""
+
+
+class Backing(Protocol):
+    """Where memories are read that are not at hand."""
+
+    def get(self, keys: Sequence[str]) -> list[Memory | None]:
+        """Per user what is there, None where there is nothing."""
+
+    def renewed(self) -> bool:
+        """Whether what it holds has changed since the last call, so that what was read before is to be read again."""
 
 
 class Memories:
@@ -30,30 +46,45 @@ class Memories:
 
     Args:
         max_bytes: bound of all memories together; one that alone exceeds it is not kept.
+        backings: by system, read through where nothing is kept of a user; they stand outside the bound.
 
     Raises ConfigError for a bound below 0.
     """
 
-    def __init__(self, max_bytes: int = 256 << 20) -> None:
+    def __init__(self, max_bytes: int = 256 << 20, backings: Mapping[str, Backing] | None = None) -> None:
         if max_bytes < 0:
             raise ConfigError(f"memories need a bound of 0 bytes or more, got {max_bytes}")
         self.max_bytes = max_bytes
+        self.backings = dict(backings or {})
         self._kept: OrderedDict[tuple[str, str], tuple[Memory, int]] = OrderedDict()
         self._lock = threading.Lock()
-        self._num_bytes = self._num_hits = self._num_misses = 0
+        self._num_bytes = self._num_hits = self._num_misses = self._num_read = 0
 
     def get(self, system: str, keys: Sequence[str]) -> list[Memory | None]:
-        """Per user what the system kept last, None where there is nothing."""
+        """Per user what the system kept last, else what its backing has, None where there is nothing."""
+        backing = self.backings.get(system)
+        renewed = backing is not None and backing.renewed()
         with self._lock:
+            if renewed:
+                for old in [old for old in self._kept if old[0] == system]:
+                    self._drop(old)
             found: list[Memory | None] = []
             for key in keys:
                 entry = self._kept.get((system, key))
                 if entry is not None:
                     self._kept.move_to_end((system, key))
                 found.append(None if entry is None else entry[0])
-            num_hits = sum(memory is not None for memory in found)
-            self._num_hits += num_hits
-            self._num_misses += len(keys) - num_hits
+        missing = [place for place, memory in enumerate(found) if memory is None]
+        num_read = 0
+        if backing is not None and missing:
+            for place, memory in zip(missing, backing.get([keys[place] for place in missing]), strict=True):
+                found[place] = memory
+                num_read += memory is not None
+        with self._lock:
+            num_misses = len(missing) - num_read
+            self._num_hits += len(keys) - num_misses
+            self._num_misses += num_misses
+            self._num_read += num_read
         return found
 
     def put(self, system: str, keys: Sequence[str], memories: Sequence[Memory | None]) -> None:
@@ -84,6 +115,7 @@ class Memories:
                 max_bytes=self.max_bytes,
                 num_hits=self._num_hits,
                 num_misses=self._num_misses,
+                num_read=self._num_read,
             )
 
     def _drop(self, entry: tuple[str, str]) -> None:

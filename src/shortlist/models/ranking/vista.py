@@ -23,7 +23,8 @@ A summary is made of events before its request alone, one per request: the encod
 How stale an answer may be (`Remembering`): with a memory at hand the request's history is not encoded. Events newer than the summary are
 read as raw tokens as far as `num_recent` reaches; older missing ones are not seen. A summary that misses more than `max_stale_events`, or
 lacks something for longer than `max_stale_days`, is used and remarked on (`when_stale="use"`) or made again from what the request
-brings (`"encode"`).
+brings (`"encode"`). For a user whom no refresh has seen, the summary is made at the first request, and again whenever the raw tokens
+no longer reach back to it.
 
 B requests, C most candidates of a request, t candidates end to end, E events end to end, K summary tokens, R recent events, T tokens
 in all, M events to be reconstructed, D width, H heads, d = D / H, N blocks of L events, W first hidden width of the tower.
@@ -60,6 +61,8 @@ from shortlist.registry import system
 DAY = 86_400
 QUANTA = 127
 """Steps of an int8 code on either side of 0."""
+OWN = "own"
+"""Part of a memory whose summary was made at a request, from what the request brought, and not by a refresh."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +105,7 @@ class VISTAConfig:
     """Read the items' own id rows; False leaves only their fields."""
     id_dropout: float = 0.05
     """Share of item id rows replaced by the unknown row in training, so that new items have one that is trained."""
-    events_at_once: int = 65_536
+    events_at_once: int = 16_384
     """Events embedded at a time when a history is streamed."""
     head: HeadConfig = HeadConfig()  # noqa: RUF009  (frozen)
     """The tower."""
@@ -331,6 +334,11 @@ class VISTA(Ranker):
         history = batch.history
         return Summary(*quantise(self.stream(history, item_ND)), _newest_time(history), history.items.lengths)
 
+    @torch.no_grad()
+    def item_vectors(self) -> Tensor:
+        """float32 [n + 1, D]: what `stream` and `summaries` read of items, for those who call them often."""
+        return self.items.all()
+
     def _vectors(self, rows: Tensor, action: Tensor, age: Tensor | None, item_ND: Tensor | None = None) -> Tensor:
         """float32 [..., D]: input vectors of events, given by tensors of any one shape."""
         item = self.items(rows) if item_ND is None else item_ND[rows]
@@ -389,9 +397,11 @@ class VISTA(Ranker):
         time_B = torch.tensor([0 if m is None else int(m["time"]) for m in kept], device=batch.time.device)
         has_B = torch.tensor([m is not None for m in kept], device=batch.time.device)
         has_B &= (time_B <= batch.time) & (batch.history.items.lengths > 0)  # of the future, or of events that are gone
-        is_stale_B = has_B & self._is_stale(batch, time_B)
+        lacks_B, is_stale_B = self._lacks(batch, time_B)
+        own_B = torch.tensor([m is not None and OWN in m for m in kept], device=batch.time.device)
+        has_B &= ~(own_B & (lacks_B > self.config.num_recent))
         if self.config.when_stale == "encode":
-            has_B, is_stale_B = has_B & ~is_stale_B, torch.zeros_like(is_stale_B)
+            has_B &= ~is_stale_B
         missing = (~has_B).nonzero()[:, 0].tolist()
         if missing:
             rows = torch.tensor(missing, device=batch.time.device)
@@ -399,21 +409,23 @@ class VISTA(Ranker):
             made = Summary(*quantise(self.stream(history)), _newest_time(history), history.items.lengths)
             columns = made._asdict()
             for place, row in enumerate(missing):
-                kept[row] = {name: column[place].cpu() for name, column in columns.items()}
+                kept[row] = {name: column[place].cpu() for name, column in columns.items()} | {OWN: torch.tensor(True)}
         whole = [memory for memory in kept if memory is not None]
         code_BKD = torch.stack([memory["code"] for memory in whole]).to(batch.time.device)
         scale_BK = torch.stack([memory["scale"] for memory in whole]).to(batch.time.device)
-        return self.state(code_BKD * scale_BK[..., None], batch, is_stale_B), kept
+        # What a refresh made is not kept a second time: it is read again where it stands, newer after the next refresh.
+        own = [memory if memory is not None and OWN in memory else None for memory in kept]
+        return self.state(code_BKD * scale_BK[..., None], batch, has_B & is_stale_B), own
 
     def remarks(self, state: VISTAState) -> list[tuple[Tensor, str]]:
         """Which requests bool [B] read a summary that is staler than the settings allow, and how to say it."""
         if not bool(state.is_stale_B.any()):
             return []
         allowed = f"{self.config.max_stale_events:,} events or {self.config.max_stale_days:g} days"
-        return [(state.is_stale_B, f"a summary that lacks more than {allowed}; run `shortlist refresh`")]
+        return [(state.is_stale_B, f"read a summary that lacks more than {allowed}; run `shortlist refresh`")]
 
-    def _is_stale(self, batch: Batch, time_B: Tensor) -> Tensor:
-        """bool [B]: whether events after `time_B` are too many, or the first of them too long ago."""
+    def _lacks(self, batch: Batch, time_B: Tensor) -> tuple[Tensor, Tensor]:
+        """How many events of the batch come after `time_B`, int64 [B], and whether they are too many or the first too long ago."""
         rows = batch.history.items
         row_E = rows.row_of_value
         is_new_E = batch.history.time > time_B[row_E]
@@ -424,7 +436,7 @@ class VISTA(Ranker):
             if self.space.has_clock
             else torch.zeros_like(count_B, dtype=torch.bool)
         )
-        return (count_B > self.config.max_stale_events) | late_B
+        return count_B, (count_B > self.config.max_stale_events) | late_B
 
     # -- training ----------------------------------------------------------------------------------------------------
 
