@@ -83,7 +83,7 @@ def test_batch_norm_statistics_are_over_all_rows():
     torch.testing.assert_close(y.flatten(0, 1).std(0, correction=0), torch.ones(3), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "prelu", "dice"])
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "sigmoid", "prelu", "dice"])
 @pytest.mark.parametrize("norm", ["none", "batch", "layer"])
 def test_a_row_does_not_depend_on_its_neighbours_after_training(activation, norm):
     torch.manual_seed(0)
