@@ -116,6 +116,78 @@ def sampled_softmax_loss(
     return weighted_mean(loss_T, _live(targets, weight_T))
 
 
+def bpr_loss(positive_T: Tensor, negative_Pk: Tensor, targets: Jagged, weight_T: Tensor | None = None) -> Tensor:
+    """-mean_k log s(positive - negative), s the sigmoid (Rendle et al., UAI 2009; GRU4Rec, Hidasi et al. 2016, section 3.1.3).
+
+    Hidden negatives (see `hide_hits`) do not count; a target without any other costs nothing. So with the three losses below.
+    """
+    negative_Tk, is_shown_Tk = _of_targets(negative_Pk, targets)
+    loss_Tk = softplus(negative_Tk - positive_T[:, None])
+    return _mean_over_shown(loss_Tk, is_shown_Tk, targets, weight_T)
+
+
+def top1_loss(positive_T: Tensor, negative_Pk: Tensor, targets: Jagged, weight_T: Tensor | None = None) -> Tensor:
+    """mean_k [s(negative - positive) + s(negative^2)]: a soft rank and a pull of negatives towards 0 (GRU4Rec 2016, section 3.1.3)."""
+    negative_Tk, is_shown_Tk = _of_targets(negative_Pk, targets)
+    loss_Tk = _top1(positive_T, negative_Tk)
+    return _mean_over_shown(loss_Tk, is_shown_Tk, targets, weight_T)
+
+
+def top1_max_loss(positive_T: Tensor, negative_Pk: Tensor, targets: Jagged, weight_T: Tensor | None = None) -> Tensor:
+    """sum_k w_k [s(negative - positive) + s(negative^2)], w the softmax of the negatives alone (Hidasi & Karatzoglou 2018, eq. 6).
+
+    The mean of `top1_loss` is over mostly easy negatives, whose gradients vanish; here the hard ones weigh.
+    """
+    negative_Tk, is_shown_Tk = _of_targets(negative_Pk, targets)
+    weight_Tk = _log_hardness(negative_Tk, is_shown_Tk).exp()
+    loss_T = (weight_Tk * _top1(positive_T, negative_Tk)).sum(1)
+    return weighted_mean(loss_T, _live(targets, weight_T) * is_shown_Tk.any(1))
+
+
+def bpr_max_loss(
+    positive_T: Tensor,
+    negative_Pk: Tensor,
+    targets: Jagged,
+    weight_T: Tensor | None = None,
+    *,
+    penalty: float = 1.0,
+) -> Tensor:
+    """-log sum_k w_k s(positive - negative) + penalty * sum_k w_k negative^2 (Hidasi & Karatzoglou 2018, eq. 9 and 10).
+
+    w is the softmax of the negatives alone. The logarithm is taken of a sum of exponentials, so no constant guards it from 0.
+    """
+    negative_Tk, is_shown_Tk = _of_targets(negative_Pk, targets)
+    log_weight_Tk = _log_hardness(negative_Tk, is_shown_Tk)
+    win_T = torch.logsumexp(log_weight_Tk + logsigmoid(positive_T[:, None] - negative_Tk), dim=1)
+    loss_T = penalty * (log_weight_Tk.exp() * negative_Tk.square()).sum(1) - win_T
+    return weighted_mean(loss_T, _live(targets, weight_T) * is_shown_Tk.any(1))
+
+
+def _of_targets(negative_Pk: Tensor, targets: Jagged) -> tuple[Tensor, Tensor]:
+    """Each target's negatives [T, k], 0 where hidden, and bool [T, k]: not hidden."""
+    is_shown_Pk = negative_Pk > torch.finfo(negative_Pk.dtype).min / 2
+    negative_Pk = negative_Pk.masked_fill(~is_shown_Pk, 0.0)
+    if bool((targets.lengths == 1).all()):  # the usual case: nothing to copy
+        return negative_Pk, is_shown_Pk
+    row_T = targets.row_of_value
+    return negative_Pk[row_T], is_shown_Pk[row_T]
+
+
+def _top1(positive_T: Tensor, negative_Tk: Tensor) -> Tensor:
+    return (negative_Tk - positive_T[:, None]).sigmoid() + negative_Tk.square().sigmoid()
+
+
+def _log_hardness(negative_Tk: Tensor, is_shown_Tk: Tensor) -> Tensor:
+    """Log of the softmax of the shown negatives, the smallest number for the others; gradients flow through it, as in the paper."""
+    return negative_Tk.masked_fill(~is_shown_Tk, torch.finfo(negative_Tk.dtype).min / 4).log_softmax(1)
+
+
+def _mean_over_shown(loss_Tk: Tensor, is_shown_Tk: Tensor, targets: Jagged, weight_T: Tensor | None) -> Tensor:
+    num_shown_T = is_shown_Tk.sum(1)
+    loss_T = (loss_Tk * is_shown_Tk).sum(1) / num_shown_T.clamp(min=1)
+    return weighted_mean(loss_T, _live(targets, weight_T) * (num_shown_T > 0))
+
+
 def in_batch_softmax_loss(
     query_Pd: Tensor,
     pool_Md: Tensor,

@@ -86,14 +86,14 @@ def test_loss_is_the_formula(monkeypatch):
     view = view_of([[[1], [2], [3]], [[5, 6], [7]]], 9)
     model = make(view, init_std=0.3)
     with torch.no_grad():
-        model.bias.weight.normal_()
+        model.bias.learned.weight.normal_()
     masked = torch.tensor([False, True, False, True, False])
     monkeypatch.setattr("shortlist.models.retrieval.bert4rec.draw_masks", lambda *_: masked)
     rows = torch.tensor([[1, 0, 3], [0, 0, 7]])
     is_mask = torch.tensor([[False, True, False], [False, True, False]])
     query = dense(model, rows, is_mask)[is_mask]
     known = torch.where(view.space.known_items, torch.arange(10), 0)
-    bias = model.bias.weight[known, 0] + model.start_N
+    bias = model.bias.learned.weight[known, 0] + model.bias.start_N
     log_p = log_softmax(query @ model.items.all().T + bias, dim=-1)
     log_p = log_p - torch.logsumexp(log_p[:, 1:], 1, keepdim=True)  # row 0 is no item
     by_hand = -(log_p[0, 2] + (log_p[1, 5] + log_p[1, 6]) / 2) / 2
@@ -153,10 +153,10 @@ def test_the_output_bias_starts_at_log_counts():
     model = make(view)
     log = np.log([1, 4, 3, 1])
     expected = log - log.mean()
-    np.testing.assert_allclose(model.start_N[1:5].numpy(), expected, rtol=1e-5)
-    assert model.start_N[5:].tolist() == pytest.approx([expected.min()] * 2)  # nothing tells of items without events
+    np.testing.assert_allclose(model.bias.start_N[1:5].numpy(), expected, rtol=1e-5)
+    assert model.bias.start_N[5:].tolist() == pytest.approx([expected.min()] * 2)  # nothing tells of items without events
     described = make(planted_view())
-    assert described.start_N[1:].mean() == pytest.approx(0, abs=1e-6)
+    assert described.bias.start_N[1:].mean() == pytest.approx(0, abs=1e-6)
 
 
 def test_new_masks_at_every_step_and_the_same_with_the_same_seed():

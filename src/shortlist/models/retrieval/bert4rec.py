@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ from shortlist.data.batches import Batch
 from shortlist.data.histories import View
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
-from shortlist.embeddings.base import TableChoice, dropped_ids
+from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.attention import LengthClasses
 from shortlist.layers.cloze import draw_masks, hide, whole_sequences, with_mask_behind
@@ -44,6 +43,7 @@ from shortlist.layers.encoder_block import EncoderBlock, NormPlace, encoder_flop
 from shortlist.layers.factors import beside_popularity
 from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.next_item import NextItemConfig, NextItemLoss, keep_values, readable_rows
+from shortlist.layers.output_bias import BiasedItems, OutputBias
 from shortlist.models.base import Cost, Losses, RequestShape, VectorRetriever
 from shortlist.registry import system
 
@@ -106,29 +106,6 @@ class BERT4RecConfig(NextItemConfig):
         self.check_objective("bert4rec", sparse=self.table.sparse)
 
 
-class _BesideBias:
-    """Item vectors [*, D + 1] whose last column is the item's bias; the query has a 1 there."""
-
-    def __init__(self, items: ItemEncoder, bias: nn.Embedding, start_N: Tensor) -> None:
-        self.items, self.bias, self.start_N = items, bias, start_N
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """float [*, D + 1] for catalogue rows [...]."""
-        return self.beside(self.items(rows), rows)
-
-    def all(self) -> Tensor:
-        """float [n + 1, D + 1]."""
-        vectors = self.items.all()
-        return self.beside(vectors, torch.arange(len(vectors), device=vectors.device))
-
-    def beside(self, vectors: Tensor, rows: Tensor) -> Tensor:
-        """The vectors [*, D] of rows [...] with their bias behind."""
-        ids = rows.masked_fill(~self.items.known_items[rows], 0)
-        rate = self.items.id_dropout if self.items.training else 0.0
-        bias = self.bias(dropped_ids(ids, rate)) + self.start_N[rows][..., None]
-        return torch.cat([vectors, bias.to(vectors.dtype)], dim=-1)
-
-
 @system(
     "bert4rec",
     stage="retrieval",
@@ -145,7 +122,6 @@ class BERT4Rec(VectorRetriever):
     feed = "next_event"
     config: BERT4RecConfig
     popularity_N: Tensor
-    start_N: Tensor
 
     def __init__(self, config: BERT4RecConfig, space: Space) -> None:
         super().__init__(config, space)
@@ -171,11 +147,10 @@ class BERT4Rec(VectorRetriever):
         )
         self.norm = nn.LayerNorm(config.dim) if config.norm == "pre-ln" else nn.Identity()
         self.head = nn.Sequential(nn.Linear(config.dim, config.dim), nn.GELU(), nn.LayerNorm(config.dim))
-        self.bias = nn.Embedding(space.num_items + 1, 1) if config.output_bias else None
+        self.bias = OutputBias(space.num_items) if config.output_bias else None
         self.objective = NextItemLoss(config, space, has_fields=bool(self.items.num_fields))
         self._initialise()
         self.register_buffer("popularity_N", torch.zeros(space.num_items + 1))
-        self.register_buffer("start_N", torch.zeros(space.num_items + 1))
 
     def _initialise(self) -> None:
         """Normal weights, cut at two deviations as in BERT, and zero biases; the id table and the fields have set themselves."""
@@ -186,28 +161,12 @@ class BERT4Rec(VectorRetriever):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.mask, std=std, a=-2 * std, b=2 * std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias.weight)
 
     def prepare(self, view: View) -> None:
         """What to show to users without history, and where the output biases start."""
-        device = self.space_device()
-        self.buffer("popularity_N", popularity_order(view, self.config.window_days).to(device))
-        self.buffer("start_N", self._log_counts(view).to(device))
-
-    def _log_counts(self, view: View) -> Tensor:
-        """float32 [n + 1]: log of the number of events, 0 on average over known items.
-
-        An item without events is like the average one where fields can tell of it, and like the rarest where nothing can.
-        """
-        count_N = np.bincount(view.histories.item, minlength=self.space.num_items + 1)
-        log_N = torch.from_numpy(np.log(np.maximum(count_N, 1))).float()
-        has_events_N = torch.from_numpy(count_N > 0)
-        has_events_N[0] = False
-        if not bool(has_events_N.any()):
-            return torch.zeros_like(log_N)
-        log_N -= log_N[has_events_N].mean()
-        return log_N.masked_fill(~has_events_N, 0.0 if self.items.num_fields else float(log_N.min()))
+        self.buffer("popularity_N", popularity_order(view, self.config.window_days).to(self.space_device()))
+        if self.bias is not None:
+            self.bias.prepare(view, has_fields=bool(self.items.num_fields))
 
     def losses(self, batch: Batch) -> Losses:
         """{"masked": loss} of a next-event batch: its sequences with the last group, and new masks at each call."""
@@ -219,11 +178,9 @@ class BERT4Rec(VectorRetriever):
         tokens = cloze.rows.values
         item_TD = self.items(tokens) if all_items_ND is None else nn.functional.embedding(tokens, all_items_ND)
         query_PD = self._query(cloze.rows, item_TD, cloze.is_mask, cloze.targets.position)
-        if self.bias is None:
-            return {"masked": self.objective(self.items, query_PD, cloze.targets, cloze.rows, all_items_ND)}
-        items = _BesideBias(self.items, self.bias, self.start_N)
+        items = BiasedItems(self.items, self.bias)
         if all_items_ND is not None:
-            all_items_ND = items.beside(all_items_ND, torch.arange(len(all_items_ND), device=all_items_ND.device))
+            all_items_ND = items.beside_all(all_items_ND)
         return {"masked": self.objective(items, query_PD, cloze.targets, cloze.rows, all_items_ND)}
 
     def _query(self, rows: Jagged, item_TD: Tensor, is_mask: Tensor, at: Tensor) -> Tensor:
@@ -236,7 +193,7 @@ class BERT4Rec(VectorRetriever):
         for block in self.blocks[:-1]:
             x_TD = block(x_TD, classes, causal=False)
         query_PD = self.head(self.norm(self.blocks[-1](x_TD, classes, causal=False, at=at)))
-        return query_PD if self.bias is None else torch.cat([query_PD, torch.ones_like(query_PD[:, :1])], dim=1)
+        return BiasedItems(self.items, self.bias).asking(query_PD)
 
     def encode_user(self, batch: Batch) -> Tensor:
         """float32 [B, W + 1]: the mask's vector and 0; for users without a known event zeros and 1 (popularity). W = D or D + 1."""
@@ -250,9 +207,7 @@ class BERT4Rec(VectorRetriever):
 
     def encode_items(self, rows: Tensor) -> Tensor:
         """float32 [n, W + 1]: the item's vector, its bias, and its popularity in 0..1, which only users without history read."""
-        vectors = self.objective.vectors(self.items(rows))
-        if self.bias is not None:
-            vectors = _BesideBias(self.items, self.bias, self.start_N).beside(vectors, rows)
+        vectors = self.objective.vectors(BiasedItems(self.items, self.bias)(rows))
         return beside_popularity(vectors, self.popularity_N[rows]).float()
 
     def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
