@@ -12,6 +12,8 @@ from shortlist.errors import ConfigError
 from shortlist.layers.losses import (
     bce_loss,
     binary_loss,
+    bpr_loss,
+    bpr_max_loss,
     full_softmax_loss,
     gbce_beta,
     gbce_loss,
@@ -21,6 +23,8 @@ from shortlist.layers.losses import (
     sampled_softmax_loss,
     softmax_ranking_loss,
     target_scores,
+    top1_loss,
+    top1_max_loss,
     unit,
     weighted_mean,
 )
@@ -241,3 +245,96 @@ def test_nothing_to_learn_from_is_zero_not_nan():
 
 def test_unit_keeps_zero_and_scales_the_rest():
     torch.testing.assert_close(unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]])), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+# --- the pairwise losses of GRU4Rec ---
+
+PAIRWISE = {
+    "bpr": bpr_loss,
+    "top1": top1_loss,
+    "top1_max": top1_max_loss,
+    "bpr_max": lambda *args: bpr_max_loss(*args, penalty=1.5),
+}
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def pairwise_by_hand(name: str, positive: float, negatives: list[float]) -> float:
+    """One target against the negatives that are shown, as the papers write it."""
+    total = sum(math.exp(s) for s in negatives)
+    hardness = [math.exp(s) / total for s in negatives]
+    match name:
+        case "bpr":
+            return -sum(math.log(sigmoid(positive - s)) for s in negatives) / len(negatives)
+        case "top1":
+            return sum(sigmoid(s - positive) + sigmoid(s * s) for s in negatives) / len(negatives)
+        case "top1_max":
+            return sum(w * (sigmoid(s - positive) + sigmoid(s * s)) for w, s in zip(hardness, negatives))
+        case _:
+            win = sum(w * sigmoid(positive - s) for w, s in zip(hardness, negatives))
+            return -math.log(win) + 1.5 * sum(w * s * s for w, s in zip(hardness, negatives))
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("hide", [False, True])
+def test_pairwise_losses_are_the_formulas(vectors, name, hide):
+    query, items = vectors
+    rows = torch.tensor([1, 2, 3, 6])  # 1 and 2 are targets of positions 1 and 0
+    negative = negative_scores(query, items[rows])
+    if hide:
+        negative = hide_hits(negative, rows, TARGETS)
+    positive = target_scores(query, items[TARGETS.values], TARGETS)
+    loss = PAIRWISE[name](positive, negative, TARGETS, WEIGHT)
+    scores = (query @ items.T).detach().numpy()
+    total, weights = 0.0, 0.0
+    for target, row, weight in zip(TARGETS.values.tolist(), TARGETS.row_of_value.tolist(), WEIGHT.tolist()):
+        own = TARGETS.values[TARGETS.row_of_value == row].tolist()
+        shown = [scores[row, item] for item in rows.tolist() if not (hide and item in own)]
+        if target:
+            total += weight * pairwise_by_hand(name, scores[row, target], shown)
+            weights += weight
+    assert loss.item() == pytest.approx(total / weights)
+    loss.backward()
+    assert query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_a_target_without_any_negative_costs_nothing(name):
+    query, items = torch.randn(2, 3, requires_grad=True), torch.randn(5, 3)
+    targets = Jagged.from_rows([[1], [2]])
+    rows = torch.tensor([1, 0])
+    negative = hide_hits(negative_scores(query, items[rows]), rows, targets)  # position 0 has none left, position 1 one
+    positive = target_scores(query, items[targets.values], targets)
+    loss = PAIRWISE[name](positive, negative, targets)
+    alone = pairwise_by_hand(name, float(positive[1]), [float(negative[1, 0])])
+    assert loss.item() == pytest.approx(alone, rel=1e-5)
+    loss.backward()
+    assert query.grad.isfinite().all()
+    assert not query.grad[0].any()
+
+
+@pytest.mark.parametrize("name", ["top1_max", "bpr_max"])
+def test_max_losses_follow_the_hardest_negative_and_means_forget_it(name):
+    """The gradient on the target's score with one hard negative among 2,000 easy ones: the reason for the max forms."""
+
+    def pull(loss) -> float:
+        positive = torch.zeros(1, requires_grad=True)
+        negative = torch.full((1, 2001), -20.0)
+        negative[0, 7] = 0.5
+        loss(positive, negative, Jagged.from_rows([[1]])).backward()
+        return -float(positive.grad)
+
+    plain = top1_loss if name == "top1_max" else bpr_loss
+    strong = {"top1_max": top1_max_loss, "bpr_max": bpr_max_loss}[name]
+    assert pull(strong) > 0.1
+    assert pull(plain) < 1e-3
+
+
+def test_bpr_max_survives_scores_without_hope():
+    positive = torch.tensor([-200.0], requires_grad=True)
+    loss = bpr_max_loss(positive, torch.tensor([[200.0, 199.0]]), Jagged.from_rows([[1]]), penalty=0.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(400, abs=1)
+    assert positive.grad.item() == pytest.approx(-1, abs=0.01)
