@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from shortlist.data.jagged import Jagged
-from shortlist.layers.recurrent import TimeMajor, run_recurrent
+from shortlist.layers.time_major import TimeMajor, run_recurrent
 
 
 def test_layout_by_hand():
