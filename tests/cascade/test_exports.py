@@ -10,12 +10,14 @@ import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import pad
 
 from cli_support import refused, succeeds, train_shop
 from shortlist.cascade import export_pages as pages_module
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.export_pages import export_pages
 from shortlist.cascade.export_ranker import export_ranker
+from shortlist.cascade.export_user import user_inputs
 from shortlist.cascade.exports import export_vectors, read_users
 from shortlist.cascade.run import load_run
 from shortlist.data.batches import request_batch
@@ -103,6 +105,24 @@ def test_rankers_score_alike_elsewhere(name, run, tmp_path):
     one[-2:] = [tensor[:, :few].contiguous() for tensor in one[-2:]]  # one request
     scores = program(tuple(one[:-2]), *one[-2:])[0]
     torch.testing.assert_close(scores, example["scores.target"][:1, :few], atol=1e-5, rtol=1e-5)
+    # The user's side and the candidates' side one after the other, from the past alone, are the run's own scores.
+    user_side = about["user_side"]
+    assert set(user_side["check"]["max_difference"]) == {"user.pt2", "user.onnx"}
+    assert max(user_side["check"]["max_difference"].values()) < 1e-5
+    assert [i["shape"] for i in user_side["inputs"][:2]] == [["B", "L"], ["B"]]
+    asked = {i["name"]: example[f"user_side.{i['name']}"] for i in user_side["inputs"]}
+    by_torch = torch.export.load(tmp_path / name / "user.pt2").module()(*asked.values())
+    for_onnx = onnxruntime.InferenceSession(str(tmp_path / name / "user.onnx"))
+    read = {i.name for i in for_onnx.get_inputs()}
+    by_onnx = for_onnx.run(user_side["outputs"], {n: x.numpy() for n, x in asked.items() if n in read})
+    state = dict(zip(user_side["outputs"], by_onnx))
+    for part, other in zip(by_torch, by_onnx):
+        torch.testing.assert_close(part, torch.from_numpy(other), atol=1e-5, rtol=1e-5)
+    (scores,) = session.run(["target"], {**state, "item": example["item"].numpy(), "pair": example["pair"].numpy()})
+    real = example["item"] > 0
+    torch.testing.assert_close(torch.from_numpy(scores)[real], example["scores.target"][real], atol=1e-5, rtol=1e-5)
+    ids = pl.read_parquet(tmp_path / name / "items.parquet")
+    assert ids["item_id"].to_list() == run.dataset.item_ids.decode(ids["row"].to_numpy())
     # One candidate list is turned round: each score must follow its candidate.
     feed = {i["name"]: example[i["name"]].clone() for i in about["inputs"]}
     real = feed["item"] > 0
@@ -111,6 +131,45 @@ def test_rankers_score_alike_elsewhere(name, run, tmp_path):
     torch.testing.assert_close(
         torch.from_numpy(scores).flip(1)[real], example["scores.target"][real], atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", ["dnn", "din"])
+def test_a_user_s_state_does_not_depend_on_padding_or_company(name, run, tmp_path):
+    """One person alone, with others who have longer pasts, and with nothing known: the same state as the model gives."""
+    export_ranker(run, tmp_path / "out", system=name, onnx=False)
+    ranker = run.cascade.systems[name]
+    about = json.loads((tmp_path / "out" / "export.json").read_text())["user_side"]
+    program = torch.export.load(tmp_path / "out" / "user.pt2").module()
+    assert not (tmp_path / "out" / "user.onnx").exists()
+    histories, requests = run.dataset.requests_for(["u3", "nobody", "u1", "u7"], at=run.dataset.plan.now["end"])
+    for chosen in ([0, 1, 2, 3], [1], [2, 0]):
+        batch = request_batch(histories, run.dataset.users, requests.select(np.array(chosen)), max_history=40)
+        given = user_inputs(ranker, batch)
+        for longer in (0, 3):
+            more = {n: pad(x, (0, longer)) if n.startswith("past_") and x.dim() == 2 else x for n, x in given.items()}
+            found = program(*(more[i["name"]] for i in about["inputs"]))
+            ours = ranker.user_state(batch)
+            for part, theirs in zip((ours,) if isinstance(ours, torch.Tensor) else ours, found, strict=True):
+                same = theirs[:, : part.shape[1]]
+                torch.testing.assert_close(same.float(), part.float(), atol=1e-6, rtol=1e-5)
+                assert not theirs[:, part.shape[1] :].any()
+
+
+def test_a_user_side_that_can_not_be_followed_is_left_out(run, tmp_path):
+    ranker = run.cascade.systems["dnn"]
+    before = type(ranker).user_state
+
+    def by_value(self, batch):
+        return before(self, batch) * (2 if batch.history.items.values.sum() > 10**9 else 1)
+
+    type(ranker).user_state = by_value
+    try:
+        about = export_ranker(run, tmp_path / "x", system="dnn", onnx=False)
+    finally:
+        type(ranker).user_state = before
+    assert "can not be followed" in about["user_side"]["left_out"]
+    assert sorted(p.name for p in (tmp_path / "x").glob("*.pt2")) == ["ranker.pt2"]
+    assert "scores.target" in load_file(tmp_path / "x" / "example.safetensors")
 
 
 def test_pages_are_the_engine_s(run, tmp_path):
@@ -210,10 +269,13 @@ def test_command(folder, tmp_path):
     (tmp_path / "few.txt").write_text("u1\n")
     assert "--no-onnx" in refused("export", folder, "--what", "pages", "--out", tmp_path / "q", "--no-onnx")
     said = succeeds("export", folder, "--what", "ranker", "--out", tmp_path / "r", "--system", "dnn", "--no-onnx")
+    assert "user side: past_item int64 [B, L], past_length int64 [B]" in said.out
     assert "dnn: state float32 [B, 16]" in said.out
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == [
         "example.safetensors",
         "export.json",
+        "items.parquet",
         "manifest.json",
         "ranker.pt2",
+        "user.pt2",
     ]

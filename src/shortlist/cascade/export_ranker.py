@@ -1,17 +1,20 @@
-"""A ranker's scoring of candidates for other runtimes: tensors in, tensors out, through torch.export and ONNX.
+"""A ranker for other runtimes: tensors in, tensors out, through torch.export and ONNX, in two programs.
+
+The user's side is computed once per request (`export_user` has its inputs), the candidates' side reads what it gives:
 
     state      what the model's `user_state` gives for B requests: one tensor or the fields of a NamedTuple, [B, ...] each
     item       int64 [B, C] catalogue rows; 0 where a request has fewer candidates
     pair       float32 [B, C, F] user-item fields in the order that export.json gives
     -> scores  float32 [B, C] per task; those beside item 0 mean nothing
 
-The user side is computed once per request and is an input; it stays with `user_state`. An item's vector depends on its row alone, so item
-encoders become tables [n + 1, D] of finished vectors. B and C, and what else differs between batches, are free.
+An item's vector depends on its row alone, so item encoders become tables [n + 1, D] of finished vectors. B and C, and what else differs
+between batches, are free. A model whose user side torch can not follow is exported without it, and export.json says why.
 
-    OUT/ranker.pt2             torch.export.load
-    OUT/ranker.onnx            any ONNX runtime
-    OUT/example.safetensors    inputs and expected scores of one real batch, to check a runtime with
-    OUT/export.json            signature, and how the files compare with the run
+    OUT/user.pt2, ranker.pt2       torch.export.load
+    OUT/user.onnx, ranker.onnx     any ONNX runtime
+    OUT/items.parquet              row and item_id of the catalogue
+    OUT/example.safetensors        inputs and expected scores of one real batch, to check a runtime with
+    OUT/export.json                signatures, and how the files compare with the run
 
 B requests, C candidates per request, t candidates end to end, n items, D width of a vector, F pair fields.
 """
@@ -19,10 +22,7 @@ B requests, C candidates per request, t candidates end to end, n items, D width 
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from shortlist.cascade.cascade import stage_space
-from shortlist.cascade.exports import CHECKED_REQUESTS, TOLERANCE, ExportDiffers, chosen, differs, write_export
+from shortlist.cascade.export_programs import Runner, onnx_runner, quiet, saved, signature, to_onnx, why
+from shortlist.cascade.export_user import export_user
+from shortlist.cascade.exports import (
+    CHECKED_REQUESTS,
+    TOLERANCE,
+    ExportDiffers,
+    chosen,
+    differs,
+    item_table,
+    write_export,
+)
 from shortlist.cascade.lessons import make_batch, sample
 from shortlist.cascade.run import Run
 from shortlist.data.batches import Batch, Candidates, split_batch
@@ -44,9 +54,6 @@ from shortlist.store.snapshot import save_tensors
 
 TRACED_REQUESTS = 16
 """Requests of the batch that is traced; any number may be scored."""
-
-Scorer = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""Inputs in the order of the signature -> scores [B, C] per task."""
 
 
 class Flat(NamedTuple):
@@ -132,13 +139,13 @@ class CandidateScorer(nn.Module):
 
 @torch.no_grad()
 def export_ranker(run: Run, out: Path, *, system: str | None = None, onnx: bool = True) -> dict[str, Any]:
-    """Write a ranker's scoring of candidates; gives what export.json says.
+    """Write a ranker's user side and its scoring of candidates; gives what export.json says.
 
     Each file is read back and must score real batches of several shapes as the run does, within 1e-4.
 
     Args:
         system: its name in the run; None = the only ranker.
-        onnx: write ranker.onnx beside ranker.pt2.
+        onnx: write .onnx beside .pt2.
 
     Raises ConfigError: there is no such ranker, or torch can not follow it, and why; ExportDiffers; SnapshotError.
     """
@@ -153,8 +160,9 @@ def export_ranker(run: Run, out: Path, *, system: str | None = None, onnx: bool 
     scorer = CandidateScorer(ranker, state_type)
     traced = flat(ranker, _first(batch, TRACED_REQUESTS))
     free = _free_dimensions(ranker, batch, traced)
-    tests = [flat(ranker, b) for b in (batch, _first(batch, 1), _first(batch, 5))]
-    expected = [scorer_of(ranker, b) for b in (batch, _first(batch, 1), _first(batch, 5))]
+    batches = (batch, _first(batch, 1), _first(batch, 5))
+    tests = [flat(ranker, b) for b in batches]
+    expected = [scorer_of(ranker, b) for b in batches]
     inputs = [*names, "item", "pair"]
 
     def write(folder: Path) -> dict[str, Any]:
@@ -162,24 +170,24 @@ def export_ranker(run: Run, out: Path, *, system: str | None = None, onnx: bool 
         checks = {}
         if onnx:
             path = folder / "ranker.onnx"
-            _to_onnx(program, path, inputs, ranker.space.tasks, name)
-            checks["ranker.onnx"] = _compare(_onnx_scorer(path, inputs), tests, expected, "ranker.onnx")
-        program.example_inputs = None  # torch would pickle them
-        with _quiet():
-            torch.export.save(program, folder / "ranker.pt2")
-            module = torch.export.load(folder / "ranker.pt2").module()
+            to_onnx(program, path, inputs, ranker.space.tasks, name)
+            checks["ranker.onnx"] = _compare(onnx_runner(path, inputs), tests, expected, "ranker.onnx")
+        module = saved(program, folder / "ranker.pt2")
         checks["ranker.pt2"] = _compare(
             lambda given: module(tuple(given[: len(names)]), *given[len(names) :]), tests, expected, "ranker.pt2"
         )
+        user_side, given = export_user(ranker, scorer.ranker, batches, names, folder, name, onnx=onnx)
         example = dict(zip(inputs, tests[2].inputs)) | {f"scores.{t}": s for t, s in expected[2].items()}
-        save_tensors(folder / "example.safetensors", example)
+        save_tensors(folder / "example.safetensors", example | {f"user_side.{n}": x for n, x in given.items()})
+        item_table(run).write_parquet(folder / "items.parquet")
         return {
             "system": name,
-            "inputs": [_signature(n, x, f) for n, x, f in zip(inputs, traced.inputs, free, strict=True)],
+            "user_side": user_side,
+            "inputs": [signature(n, x, f) for n, x, f in zip(inputs, traced.inputs, free, strict=True)],
             "pair_fields": list(scorer.pair_names),
             "outputs": [{"name": task, "dtype": "float32", "shape": ["B", "C"]} for task in ranker.space.tasks],
-            "meaning": "scores of candidates for requests; item is a catalogue row (0 = none, its score means nothing); "
-            "the other inputs but pair are what user_state gives; a model that bounds its memory refuses batches beyond its bound, "
+            "meaning": "scores of candidates for requests; item is a catalogue row (0 = none, its score means nothing), see items.parquet; "
+            "the other inputs but pair are what the user side gives; a model that bounds its memory refuses batches beyond its bound, "
             "and ranker.pt2 may refuse fewer than 4 places in all: pad with item 0",
             "check": {"requests": batch.size, "candidates": len(batch.candidate_rows.values), "max_difference": checks},
         }
@@ -265,7 +273,7 @@ def _traced(
     shapes = [dict.fromkeys(one, torch.export.Dim.AUTO) for one in free]
     *state, item, pair = shapes
     try:
-        with _quiet():
+        with quiet():
             return torch.export.export(
                 scorer,
                 (traced.state, traced.item_BC, traced.pair_BCF),
@@ -273,38 +281,10 @@ def _traced(
                 strict=True,
             )
     except Exception as error:
-        raise ConfigError(f"{name} can not be exported: torch.export can not follow it ({_why(error)})") from error
+        raise ConfigError(f"{name} can not be exported: torch.export can not follow it ({why(error)})") from error
 
 
-def _to_onnx(
-    program: torch.export.ExportedProgram, path: Path, inputs: list[str], tasks: Sequence[str], name: str
-) -> None:
-    try:
-        with _quiet():
-            # The optimiser's inlining pass fails on masks that choose rows (DIN); runtimes optimise for themselves.
-            made = torch.onnx.export(
-                program, dynamo=True, verbose=False, optimize=False, input_names=inputs, output_names=list(tasks)
-            )
-            assert made is not None
-            made.save(path)
-    except Exception as error:
-        raise ConfigError(f"{name} can not be exported to ONNX ({_why(error)}); leave it out with --no-onnx") from error
-
-
-def _onnx_scorer(path: Path, inputs: list[str]) -> Scorer:
-    runtime = library("onnxruntime", extra="export", user="the export to ONNX")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    read = {given.name for given in session.get_inputs()}
-
-    def score(given: Sequence[Tensor]) -> list[Tensor]:
-        """Scores [B, C] per task."""
-        feed = {name: tensor.numpy() for name, tensor in zip(inputs, given) if name in read}
-        return [torch.from_numpy(scores) for scores in session.run(None, feed)]
-
-    return score
-
-
-def _compare(scorer: Scorer, tests: list[Flat], expected: list[dict[str, Tensor]], name: str) -> float:
+def _compare(scorer: Runner, tests: list[Flat], expected: list[dict[str, Tensor]], name: str) -> float:
     """Largest difference from the run's scores over all real candidates; ExportDiffers where it is above the tolerance."""
     worst = 0.0
     for given, ours in zip(tests, expected):
@@ -313,27 +293,3 @@ def _compare(scorer: Scorer, tests: list[Flat], expected: list[dict[str, Tensor]
     if worst > TOLERANCE:
         raise ExportDiffers(f"{name} scores differ from the run's by up to {worst:.2g}; nothing was written")
     return worst
-
-
-def _signature(name: str, tensor: Tensor, free: Mapping[int, str]) -> dict[str, Any]:
-    shape = [free.get(d, size) for d, size in enumerate(tensor.shape)]
-    return {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": shape}
-
-
-def _why(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' remarks on what else is installed."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

@@ -88,6 +88,12 @@ def validation_batch(run: Run, system: System, most: int = CHECKED_REQUESTS) -> 
     return request_batch(run.dataset.histories, run.dataset.users, asked, max_history=system.max_history)
 
 
+def item_table(run: Run) -> pl.DataFrame:
+    """row, from 1, and item_id of the whole catalogue."""
+    ids = run.dataset.item_ids.ids
+    return pl.DataFrame({"row": np.arange(1, len(ids) + 1), "item_id": ids})
+
+
 def read_users(path: Path) -> pl.Series:
     """Ids of users from a table (Parquet or CSV with a column `user_id`, or a single column) or a text file, one id a line.
 
@@ -133,8 +139,9 @@ def export_vectors(run: Run, out: Path, *, system: str | None = None, users: pl.
 
     def write(folder: Path) -> dict[str, Any]:
         np.save(folder / "items.npy", item_nd, allow_pickle=False)
-        row = np.arange(1, len(item_nd) + 1)
-        pl.DataFrame({"row": row, "item_id": run.dataset.item_ids.ids}).write_parquet(folder / "items.parquet")
+        table = item_table(run)
+        table.write_parquet(folder / "items.parquet")
+        row = table["row"].to_numpy()
         index = faiss.IndexIDMap2(faiss.IndexFlatIP(item_nd.shape[1]))
         index.add_with_ids(item_nd, row)
         faiss.write_index(index, str(folder / "items.faiss"))

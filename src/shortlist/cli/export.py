@@ -16,7 +16,8 @@ def command(
     what: Annotated[
         Literal["vectors", "ranker", "pages"],
         typer.Option(
-            help="vectors: of items and users, with a FAISS index; ranker: scoring of candidates as torch.export and ONNX; pages: "
+            help="vectors: of items and users, with a FAISS index; ranker: its user side and its scores of candidates, as torch.export "
+            "and ONNX; pages: "
             "everybody's page as Parquet."
         ),
     ],
@@ -81,7 +82,17 @@ def _told(about: dict[str, Any]) -> list[str]:
             f"FAISS beside the run on {check['requests']:,} requests: scores differ by at most {check['max_difference']:.1e}, "
             f"{check['same_items']:.1%} of the first {check['places']} places hold the same item",
         ]
-    inputs = ", ".join(f"{i['name']} {i['dtype']} [{', '.join(map(str, i['shape']))}]" for i in about["inputs"])
     beside = f"on {check['requests']:,} requests with {check['candidates']:,} candidates"
     differences = [f"{name}: scores differ by at most {d:.1e} {beside}" for name, d in check["max_difference"].items()]
-    return [f"{about['system']}: {inputs} -> {', '.join(o['name'] for o in about['outputs'])} [B, C]", *differences]
+    scores = ", ".join(o["name"] for o in about["outputs"])
+    user_side = about["user_side"]
+    if "left_out" in user_side:
+        users = [f"user side left out: {user_side['left_out']}"]
+    else:
+        users = [f"user side: {_inputs(user_side)} -> {', '.join(user_side['outputs'])}"]
+        users += [f"{n}: state differs by at most {d:.1e}" for n, d in user_side["check"]["max_difference"].items()]
+    return [*users, f"{about['system']}: {_inputs(about)} -> {scores} [B, C]", *differences]
+
+
+def _inputs(program: dict[str, Any]) -> str:
+    return ", ".join(f"{i['name']} {i['dtype']} [{', '.join(map(str, i['shape']))}]" for i in program["inputs"])

@@ -139,5 +139,5 @@ def segment_sum(values: Tensor, row_of_value: Tensor, num_rows: int) -> Tensor:
 
 def segment_mean(values: Tensor, row_of_value: Tensor, num_rows: int) -> Tensor:
     """Mean of values [total, ...] by row: [num_rows, ...]; empty rows are 0."""
-    count = torch.bincount(row_of_value, minlength=num_rows).clamp(min=1).to(values.dtype)
+    count = values.new_zeros(num_rows).index_add(0, row_of_value, values.new_ones(len(row_of_value))).clamp(min=1)
     return segment_sum(values, row_of_value, num_rows) / count.view(-1, *[1] * (values.dim() - 1))
