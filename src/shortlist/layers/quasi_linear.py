@@ -162,7 +162,7 @@ class QuasiLinearLayer(nn.Module):
 
     def _heads(self, x_NLD: Tensor) -> Tensor:
         """[N, H, L, d]."""
-        return x_NLD.view(*x_NLD.shape[:2], self.num_heads, -1).transpose(1, 2)
+        return x_NLD.view(*x_NLD.shape[:2], self.num_heads, x_NLD.shape[2] // self.num_heads).transpose(1, 2)
 
 
 Parts = Callable[[], Iterable[tuple[Tensor, Blocks]]]

@@ -219,7 +219,7 @@ class TargetAttention(nn.Module):
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         """[B, H, T, d]."""
-        return x_BTD.view(*x_BTD.shape[:2], self.num_heads, -1).transpose(1, 2)
+        return x_BTD.view(*x_BTD.shape[:2], self.num_heads, x_BTD.shape[2] // self.num_heads).transpose(1, 2)
 
 
 class Decoder(nn.Module):
