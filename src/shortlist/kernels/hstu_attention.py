@@ -155,62 +155,63 @@ def softmax_attention(
     blocks = sequences.blocks
     if bias.position is not None or bias.time is not None or not blocks.is_plain:
         return softmax_attention_reference(q_SHd, k_THd, v_THe, sequences, bias, alpha=alpha)
+    q_Hcd, k_Hcd, v_Hce = blocks.of_queries(q_SHd), blocks.of_keys(k_THd), blocks.of_keys(v_THe)
+    parts = []
     # Zeros stand after the real positions, where a causal mask hides them.
-    qkv = zip(blocks.of_queries(q_SHd), blocks.of_keys(k_THd), blocks.of_keys(v_THe))
-    parts = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=alpha) for q, k, v in qkv]
-    return blocks.to_queries(parts, v_THe)
+    for R, longest, _ in blocks.shapes:
+        first = sum(part.shape[1] for part in parts)
+        cells = (x[:, first : first + R * longest].unflatten(1, (R, longest)) for x in (q_Hcd, k_Hcd, v_Hce))
+        part_HRLe = scaled_dot_product_attention(*cells, is_causal=True, scale=alpha)
+        parts.append(part_HRLe.flatten(1, 2))
+    return blocks.to_queries(torch.cat(parts, dim=1)) if parts else v_THe
 
 
 class _Tables:
     """The bias of a block from the two tables, and the tables' gradients from those of its scores."""
 
-    def __init__(self, position: Tensor | None, time: Tensor | None, blocks: Blocks, num_heads: int) -> None:
-        self.position, self.time, self.blocks, self.num_heads = position, time, blocks, num_heads
+    def __init__(self, position: Tensor | None, time: Tensor | None, blocks: Blocks) -> None:
+        self.position, self.time, self.blocks = position, time, blocks
         self.lanes = None if time is None else time.repeat(LANES)
+        self.d_position = None if position is None else torch.zeros_like(position)
+        self.d_lanes = None if self.lanes is None else torch.zeros_like(self.lanes)
 
-    def scores(self, block: Block, q_rtd: Tensor, k_rkd: Tensor, alpha: float, out_rtk: Tensor) -> Tensor:
-        """alpha * Q K' + rab of a block, float [r * H, t, k], written into `out_rtk`."""
-        shape = (-1, self.num_heads, *out_rtk.shape[1:])
-        score_rHtk = out_rtk.view(shape)
-        beta = 1
-        if self.time is not None and self.lanes is not None:
-            index = self._lane_index(block).view(-1)
-            if self.num_heads == 1:
-                torch.index_select(self.lanes, 0, index, out=out_rtk.view(-1))
-            else:
-                score_rHtk.copy_(self.lanes.index_select(0, index).view(-1, 1, *out_rtk.shape[1:]))
+    def put(self, block: Block, out_rtk: Tensor) -> bool:
+        """Write rab of a block into `out_rtk`; False where there are no tables."""
+        if self.lanes is not None:
+            torch.index_select(self.lanes, 0, self._lane_index(block), out=out_rtk.view(-1))
         if self.position is not None:
             apart = self.blocks.apart(block, (len(self.position) - 1) // 2)
-            part = self.position.index_select(0, apart.view(-1)).view(len(apart), 1, *out_rtk.shape[1:])
-            if self.time is None:
-                score_rHtk.copy_(part)
+            part = self.position.index_select(0, apart.view(-1)).view(apart.shape)
+            if self.lanes is None:
+                out_rtk.copy_(part)
             else:
-                score_rHtk.add_(part)
-        elif self.time is None:
-            beta = 0
-        return out_rtk.baddbmm_(q_rtd, k_rkd.transpose(1, 2), beta=beta, alpha=alpha)
+                out_rtk.add_(part)
+        return self.lanes is not None or self.position is not None
 
-    def add_gradients(self, block: Block, grad_rtk: Tensor, position: Tensor | None, time: Tensor | None) -> None:
-        """Add to the gradients of the tables, [2 N - 1] and [LANES * num_buckets], what a block's scores [r * H, t, k] give."""
-        grad_rHtk = grad_rtk.unflatten(0, (-1, self.num_heads))
-        grad_r1tk = grad_rHtk if self.num_heads == 1 else grad_rHtk.sum(1, keepdim=True)
-        if time is not None:
-            time += torch.bincount(self._lane_index(block).view(-1), grad_r1tk.view(-1), len(time))
-        if position is not None:
-            apart = self.blocks.apart(block, (len(position) - 1) // 2)
-            sums = grad_r1tk.sum(0) if len(apart) == 1 else grad_r1tk
-            position += torch.bincount(apart.view(-1), sums.reshape(-1), len(position))
+    def add_gradients(self, block: Block, grad_rtk: Tensor) -> None:
+        """Add to the tables' gradients what those of a block's scores, summed over heads, give."""
+        if self.d_lanes is not None:
+            self.d_lanes += torch.bincount(self._lane_index(block), grad_rtk.view(-1), len(self.d_lanes))
+        if self.d_position is not None:
+            apart = self.blocks.apart(block, (len(self.d_position) - 1) // 2)
+            sums = grad_rtk.sum(0) if len(apart) == 1 else grad_rtk
+            self.d_position += torch.bincount(apart.view(-1), sums.view(-1), len(self.d_position))
+
+    @property
+    def d_time(self) -> Tensor | None:
+        """Gradient of the time table."""
+        return None if self.d_lanes is None else self.d_lanes.view(LANES, -1).sum(0)
 
     def _lane_index(self, block: Block) -> Tensor:
-        """int32 [r, t, k]: entry of each pair in the copies of the time table."""
+        """int32 [r * t * k]: entry of each pair in the copies of the time table."""
         assert self.time is not None
-        bucket_rtk = self.blocks.buckets(block, len(self.time), self.num_heads)
-        lane_k = torch.arange(block.num_keys, device=bucket_rtk.device, dtype=torch.int32) % LANES
-        return bucket_rtk + lane_k * len(self.time)
+        bucket_rtk = self.blocks.buckets(block, len(self.time))
+        lane_k = torch.arange(block.num_keys, device=bucket_rtk.device, dtype=torch.int32).remainder_(LANES)
+        return bucket_rtk.add_(lane_k.mul_(len(self.time))).view(-1)
 
 
 class _Blocked(torch.autograd.Function):
-    """Attention over the history keys, block by block."""
+    """Attention over the history keys, block by block; scores are in memory for one block and head at a time."""
 
     @staticmethod
     def forward(
@@ -226,83 +227,72 @@ class _Blocked(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q_SHd, k_THd, v_THe, position, time)
         ctx.blocks, ctx.alpha, ctx.divisor = blocks, alpha, divisor
-        num_heads = q_SHd.shape[1]
-        tables = _Tables(position, time, blocks, num_heads)
+        tables, work = _Tables(position, time, blocks), _Work(q_SHd)
         q, k, v = blocks.of_queries(q_SHd), blocks.of_keys(k_THd), blocks.of_keys(v_THe)
-        out = [x.new_zeros(*x.shape[:-1], v_THe.shape[-1]) for x in q]
-        work = _Work(q_SHd, blocks.blocks(num_heads), num_heads)
-        for block in blocks.blocks(num_heads):
-            q_rtd, k_rkd, v_rke = _parts(block, q, k, v)
-            weight_rtk = tables.scores(block, q_rtd, k_rkd, alpha, work.take(0, q_rtd, block))
-            silu(weight_rtk, inplace=True)
-            _hide(weight_rtk, block, blocks, num_heads)
-            out_rHte = out[block.class_number][block.rows, :, block.queries]
-            torch.bmm(weight_rtk, v_rke, out=out_rHte.flatten(0, 1))
-        return blocks.to_queries(out, v_THe).div_(divisor)
+        out = q.new_zeros(*q.shape[:2], v.shape[2])
+        for block in blocks:
+            bias_rtk = work.take(0, block)
+            has_bias = tables.put(block, bias_rtk)
+            for head in range(len(q)):
+                q_rtd, k_rkd = blocks.queries(block, q, head), blocks.keys(block, k, head)
+                is_last = head == len(q) - 1
+                weight_rtk = bias_rtk if is_last else work.take(1, block).copy_(bias_rtk)
+                weight_rtk.baddbmm_(q_rtd, k_rkd.transpose(1, 2), beta=int(has_bias), alpha=alpha)
+                _hide(silu(weight_rtk, inplace=True), block, blocks)
+                # The product goes through memory of its own: into a slice, it would be made one matrix at a time.
+                blocks.queries(block, out, head).copy_(torch.bmm(weight_rtk, blocks.keys(block, v, head)))
+        return blocks.to_queries(out.div_(divisor))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q_SHd, k_THd, v_THe, position, time = ctx.saved_tensors
         blocks, alpha = ctx.blocks, ctx.alpha
-        num_heads = q_SHd.shape[1]
-        tables = _Tables(position, time, blocks, num_heads)
+        tables, work = _Tables(position, time, blocks), _Work(q_SHd)
         q, k, v = blocks.of_queries(q_SHd), blocks.of_keys(k_THd), blocks.of_keys(v_THe)
-        grad = blocks.of_queries(grad_outputs[0] / ctx.divisor)
-        dq, dk, dv = ([torch.zeros_like(x) for x in xs] for xs in (q, k, v))
-        d_position = None if position is None else torch.zeros_like(position)
-        d_lanes = None if time is None else time.new_zeros(LANES * len(time))
-        work = _Work(q_SHd, blocks.blocks(num_heads), num_heads)
-        for block in blocks.blocks(num_heads):
-            q_rtd, k_rkd, v_rke = _parts(block, q, k, v)
-            grad_rte = grad[block.class_number][block.rows, :, block.queries].flatten(0, 1)
-            score_rtk = tables.scores(block, q_rtd, k_rkd, alpha, work.take(0, q_rtd, block))
-            weight_rtk = torch.ops.aten.silu.out(score_rtk, out=work.take(1, q_rtd, block))
-            _hide(weight_rtk, block, blocks, num_heads)
-            dv_rke = dv[block.class_number][block.rows, :, : block.num_keys].flatten(0, 1)
-            dv_rke.baddbmm_(weight_rtk.transpose(1, 2), grad_rte)
-            d_weight_rtk = torch.bmm(grad_rte, v_rke.transpose(1, 2), out=weight_rtk)
-            d_score_rtk = torch.ops.aten.silu_backward.grad_input(d_weight_rtk, score_rtk, grad_input=score_rtk)
-            _hide(d_score_rtk, block, blocks, num_heads)
-            dq_rtd = dq[block.class_number][block.rows, :, block.queries].flatten(0, 1)
-            dq_rtd.baddbmm_(d_score_rtk, k_rkd, beta=0, alpha=alpha)
-            dk_rkd = dk[block.class_number][block.rows, :, : block.num_keys].flatten(0, 1)
-            dk_rkd.baddbmm_(d_score_rtk.transpose(1, 2), q_rtd, alpha=alpha)
-            tables.add_gradients(block, d_score_rtk, d_position, d_lanes)
-        d_time = None if time is None or d_lanes is None else d_lanes.view(LANES, -1).sum(0)
-        of_qkv = (blocks.to_queries(dq, q_SHd), blocks.to_keys(dk, k_THd), blocks.to_keys(dv, v_THe))
-        return (*of_qkv, d_position, d_time, None, None, None)
+        grad = blocks.of_queries(grad_outputs[0]).div_(ctx.divisor)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for block in blocks:
+            bias_rtk, weight_rtk = work.take(0, block), work.take(1, block)
+            has_bias = tables.put(block, bias_rtk)
+            total_rtk: Tensor | None = None
+            for head in range(len(q)):
+                q_rtd, k_rkd = blocks.queries(block, q, head), blocks.keys(block, k, head)
+                v_rke, grad_rte = blocks.keys(block, v, head), blocks.queries(block, grad, head)
+                is_last = head == len(q) - 1
+                score_rtk = bias_rtk if is_last else work.take(2, block).copy_(bias_rtk)
+                score_rtk.baddbmm_(q_rtd, k_rkd.transpose(1, 2), beta=int(has_bias), alpha=alpha)
+                _hide(torch.ops.aten.silu.out(score_rtk, out=weight_rtk), block, blocks)
+                blocks.keys(block, dv, head).add_(torch.bmm(weight_rtk.transpose(1, 2), grad_rte))
+                torch.bmm(grad_rte, v_rke.transpose(1, 2), out=weight_rtk)
+                torch.ops.aten.silu_backward.grad_input(weight_rtk, score_rtk, grad_input=score_rtk)
+                d_score_rtk = _hide(score_rtk, block, blocks)
+                blocks.queries(block, dq, head).copy_(torch.bmm(d_score_rtk, k_rkd))
+                blocks.keys(block, dk, head).add_(torch.bmm(d_score_rtk.transpose(1, 2), q_rtd))
+                if not is_last:
+                    total_rtk = work.take(3, block).copy_(d_score_rtk) if total_rtk is None else total_rtk.add_(d_score_rtk)
+            if has_bias:
+                tables.add_gradients(block, score_rtk if total_rtk is None else total_rtk.add_(score_rtk))
+        of_qk = blocks.to_queries(dq.mul_(alpha)), blocks.to_keys(dk.mul_(alpha))
+        return (*of_qk, blocks.to_keys(dv), tables.d_position, tables.d_time, None, None, None)
 
 
 class _Work:
     """Memory for the scores of one block, reused by all."""
 
-    def __init__(self, like: Tensor, blocks: list[Block], num_heads: int) -> None:
-        self.like, self.num_heads = like, num_heads
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
         self.buffers: dict[int, Tensor] = {}
 
-    def take(self, number: int, q_rtd: Tensor, block: Block) -> Tensor:
-        """Buffer `number` as [r * H, t, k], not cleared."""
-        shape = (*q_rtd.shape[:2], block.num_keys)
+    def take(self, number: int, block: Block) -> Tensor:
+        """Buffer `number` as [r, t, k], not cleared."""
+        shape = (block.rows.stop - block.rows.start, block.queries.stop - block.queries.start, block.num_keys)
         size = shape[0] * shape[1] * shape[2]
         if number not in self.buffers or len(self.buffers[number]) < size:
             self.buffers[number] = self.like.new_empty(size)
         return self.buffers[number][:size].view(shape)
 
 
-def _parts(block: Block, q: list[Tensor], k: list[Tensor], v: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [r * H, t, d], keys [r * H, k, d] and values [r * H, k, e] of a block; views."""
-    number, rows, num_keys = block.class_number, block.rows, block.num_keys
-    return (
-        q[number][rows, :, block.queries].flatten(0, 1),
-        k[number][rows, :, :num_keys].flatten(0, 1),
-        v[number][rows, :, :num_keys].flatten(0, 1),
-    )
-
-
-def _hide(x_rtk: Tensor, block: Block, blocks: Blocks, num_heads: int) -> None:
+def _hide(x_rtk: Tensor, block: Block, blocks: Blocks) -> Tensor:
     """Set to 0, in place, the pairs that may not see each other."""
-    hidden_r1tk = blocks.hidden(block)
-    if hidden_r1tk is None:
-        x_rtk.tril_(block.queries.start)
-    else:
-        x_rtk.unflatten(0, (-1, num_heads)).masked_fill_(hidden_r1tk, 0.0)
+    hidden_rtk = blocks.hidden(block)
+    return x_rtk.tril_(block.queries.start) if hidden_rtk is None else x_rtk.masked_fill_(hidden_rtk, 0.0)

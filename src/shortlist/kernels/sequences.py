@@ -133,6 +133,8 @@ class Blocks:
         size_C2 = count_C[:, None] * longest_C2
         first_B2 = (size_C2.cumsum(0) - size_C2)[inverse_B] + rank_B[:, None] * longest_C2[inverse_B]
         self.num_query_cells, self.num_key_cells = size_C2.sum(0).tolist()
+        first_C2 = (size_C2.cumsum(0) - size_C2)[has_work_C]
+        self.first_query, self.first_key = first_C2.T.tolist()
 
         row_S = torch.repeat_interleave(torch.arange(len(num_queries_B)), num_queries_B)
         row_T = torch.repeat_interleave(torch.arange(len(num_all_B)), num_all_B)
@@ -158,71 +160,82 @@ class Blocks:
         self.counts_up = self.is_plain and bool((step_T == 1).all())
         self.query_position = self._split_rows(self.query.pad(key_position_S), 1)
         self.key_position = self._split_rows(self.key.pad(sequences.position), 2)
-        self._set_times(sequences)
+        self._set_times(sequences, row_S, row_T)
         self.candidate_seconds = sequences.query_time[self.candidate] - sequences.key_time[self.candidate_key]
         self._buckets: dict[int, dict[int, Tensor]] = {}
-        self._lists: dict[int, list[Block]] = {}
+        self._num_kept = 0
+        self.list = list(self._cut())
 
-    def _set_times(self, sequences: Sequences) -> None:
-        """Times of the cells; as int32 where they span less than 2^31 seconds."""
-        query_time_S, key_time_T = sequences.query_time, sequences.key_time
-        first = last = 0
-        if len(query_time_S):
-            first = min(int(query_time_S.min()), int(key_time_T.min()))
-            last = max(int(query_time_S.max()), int(key_time_T.max()))
-        self.in_int32 = last - first < INT32_MAX
-        dtype = torch.int32 if self.in_int32 else torch.int64
-        self.query_time = self._split_rows(self.query.pad((query_time_S - first).to(dtype)), 1)
-        self.key_time = self._split_rows(self.key.pad((key_time_T - first).to(dtype)), 2)
+    def _set_times(self, sequences: Sequences, row_S: Tensor, row_T: Tensor) -> None:
+        """Times of the cells since each sequence's first; as int32 where no sequence spans 2^31 seconds."""
+        query_time_S, key_time_T = sequences.query_time.cpu(), sequences.key_time.cpu()
+        row, when = torch.cat([row_S, row_T]), torch.cat([query_time_S, key_time_T])
+        first_B = torch.zeros(len(sequences.num_history), dtype=torch.int64)
+        first_B.scatter_reduce_(0, row, when, "amin", include_self=False)
+        since = when - first_B[row]
+        self.in_int32 = not len(since) or int(since.max()) < INT32_MAX
+        since_S, since_T = since.to(torch.int32 if self.in_int32 else torch.int64).to(self.device).split([len(row_S), len(row_T)])
+        self.query_time = self._split_rows(self.query.pad(since_S), 1)
+        self.key_time = self._split_rows(self.key.pad(since_T), 2)
 
     def _split_rows(self, cells: Tensor, side: int) -> list[Tensor]:
         """Cells of the queries (side 1) or keys (side 2), cut into one tensor [R, longest, ...] per class."""
         parts = cells.split([shape[0] * shape[side] for shape in self.shapes])
         return [x.unflatten(0, (shape[0], shape[side])) for x, shape in zip(parts, self.shapes)]
 
-    def of_queries(self, x_SHd: Tensor) -> list[Tensor]:
-        """Values of the queries as [R, H, I, d] per class, zeros where there is none."""
-        return [x.transpose(1, 2).contiguous() for x in self._split_rows(self.query.pad(x_SHd), 1)]
+    def of_queries(self, x_SHd: Tensor) -> Tensor:
+        """Values of the queries as cells [H, num_query_cells, d], zeros where there is none."""
+        return self.query.pad(x_SHd.transpose(0, 1), dim=1)
 
-    def of_keys(self, x_THd: Tensor) -> list[Tensor]:
-        """Values of the history keys as [R, H, J, d] per class, zeros where there is none."""
-        return [x.transpose(1, 2).contiguous() for x in self._split_rows(self.key.pad(x_THd), 2)]
+    def of_keys(self, x_THd: Tensor) -> Tensor:
+        """Values of the history keys as cells [H, num_key_cells, d], zeros where there is none."""
+        return self.key.pad(x_THd.transpose(0, 1), dim=1)
 
-    def to_queries(self, parts: list[Tensor], like: Tensor) -> Tensor:
-        """From [R, H, I, e] per class to [S, H, e], which is like `like` [*, H, e]; 0 where a query sees no history."""
-        return self.query.unpad(_joined(parts, like))
+    def to_queries(self, cells: Tensor) -> Tensor:
+        """From cells [H, num_query_cells, e] to [S, H, e]; 0 where a query sees no history."""
+        return self.query.unpad(cells, dim=1).transpose(0, 1)
 
-    def to_keys(self, parts: list[Tensor], like: Tensor) -> Tensor:
-        """From [R, H, J, d] per class to [T, H, d], which is like `like` [*, H, d]; 0 for keys that are not in a block."""
-        return self.key.unpad(_joined(parts, like))
+    def to_keys(self, cells: Tensor) -> Tensor:
+        """From cells [H, num_key_cells, d] to [T, H, d]; 0 for keys that are not in a block."""
+        return self.key.unpad(cells, dim=1).transpose(0, 1)
 
-    def blocks(self, num_heads: int) -> list[Block]:
-        """All blocks, of at most CELLS_AT_ONCE scores where one sequence has no more."""
-        if num_heads not in self._lists:
-            self._lists[num_heads] = list(self._cut(num_heads))
-        return self._lists[num_heads]
+    def queries(self, block: Block, cells: Tensor, head: int) -> Tensor:
+        """View [r, t, d] of a block's queries in cells [H, num_query_cells, d]."""
+        R, longest, _ = self.shapes[block.class_number]
+        first = self.first_query[block.class_number]
+        return cells[head, first : first + R * longest].unflatten(0, (R, longest))[block.rows, block.queries]
 
-    def _cut(self, num_heads: int) -> Iterator[Block]:
+    def keys(self, block: Block, cells: Tensor, head: int) -> Tensor:
+        """View [r, k, d] of a block's keys in cells [H, num_key_cells, d]."""
+        R, _, longest = self.shapes[block.class_number]
+        first = self.first_key[block.class_number]
+        return cells[head, first : first + R * longest].unflatten(0, (R, longest))[block.rows, : block.num_keys]
+
+    def __iter__(self) -> Iterator[Block]:
+        """All blocks, of at most CELLS_AT_ONCE pairs where one sequence has no more."""
+        return iter(self.list)
+
+    def _cut(self) -> Iterator[Block]:
         number = 0
-        for class_number, (R, num_queries, J) in enumerate(self.shapes):
+        for class_number, (R, num_queries, longest) in enumerate(self.shapes):
             for low in range(0, num_queries, QUERY_TILE):
                 high = min(low + QUERY_TILE, num_queries)
-                num_keys = min(high, J)
+                num_keys = min(high, longest)
                 if self.visible is not None:
                     num_keys = int(self.visible[class_number][:, low:high].max())
                 if not num_keys:
                     continue
-                step = max(CELLS_AT_ONCE // (num_heads * (high - low) * num_keys), 1)
+                step = max(CELLS_AT_ONCE // ((high - low) * num_keys), 1)
                 for first in range(0, R, step):
-                    yield Block(number, class_number, slice(first, first + step), slice(low, high), num_keys)
+                    yield Block(number, class_number, slice(first, min(first + step, R)), slice(low, high), num_keys)
                     number += 1
 
     def hidden(self, block: Block) -> Tensor | None:
-        """bool [r, 1, t, num_keys]: keys that the queries may not see; None where that is the plain causal triangle."""
+        """bool [r, t, num_keys]: keys that the queries may not see; None where that is the plain causal triangle."""
         if self.visible is None:
             return None
         visible_rt = self.visible[block.class_number][block.rows, block.queries]
-        return torch.arange(block.num_keys, device=self.device) >= visible_rt[:, None, :, None]
+        return torch.arange(block.num_keys, device=self.device) >= visible_rt[:, :, None]
 
     def apart(self, block: Block, reach: int) -> Tensor:
         """int32 [r, t, num_keys]: entry of a table of relative positions -reach..reach. r = 1 where it is the same for all sequences."""
@@ -235,9 +248,9 @@ class Blocks:
             apart = (key_rk[:, None] - query_rt[:, :, None]).clamp(-reach, reach).int()
         return apart.clamp_(-reach, reach).add_(reach)
 
-    def buckets(self, block: Block, num_buckets: int, num_heads: int) -> Tensor:
+    def buckets(self, block: Block, num_buckets: int) -> Tensor:
         """int32 [r, t, num_keys]: time bucket of each pair; found once for all layers while KEPT_BUCKETS lasts."""
-        kept = self._buckets.setdefault(num_buckets * 4096 + num_heads, {})
+        kept = self._buckets.setdefault(num_buckets, {})
         if block.number in kept:
             return kept[block.number].int()
         query_rt = self.query_time[block.class_number][block.rows, block.queries]
@@ -247,8 +260,9 @@ class Blocks:
             found = _looked_up(seconds, bucket_table(num_buckets, self.device))
         else:
             found = time_bucket(seconds, num_buckets).int()
-        if num_buckets <= 256 and sum(len(b) for b in kept.values()) < KEPT_BUCKETS:
+        if num_buckets <= 256 and self._num_kept < KEPT_BUCKETS:
             kept[block.number] = found.to(torch.uint8)
+            self._num_kept += found.numel()
         return found
 
 
@@ -277,24 +291,19 @@ class _Cells(NamedTuple):
             return cls(cell.to(device), None, num_cells, len(cell))
         return cls(cell[has_cell].to(device), has_cell.nonzero()[:, 0].to(device), num_cells, len(cell))
 
-    def pad(self, x: Tensor) -> Tensor:
-        """[num_cells, ...] from values [total, ...], zeros elsewhere."""
-        x = x if self.index is None else x.index_select(0, self.index)
-        return x.new_zeros(self.num_cells, *x.shape[1:]).index_copy_(0, self.cell, x)
+    def pad(self, x: Tensor, dim: int = 0) -> Tensor:
+        """[..., num_cells, ...] from values [..., total, ...] with their number in `dim`; zeros elsewhere."""
+        x = x if self.index is None else x.index_select(dim, self.index)
+        shape = (*x.shape[:dim], self.num_cells, *x.shape[dim + 1 :])
+        return x.new_zeros(shape).index_copy_(dim, self.cell, x)
 
-    def unpad(self, cells: Tensor) -> Tensor:
-        """Values [total, ...] from cells, zeros where a value has none."""
-        found = cells.index_select(0, self.cell)
+    def unpad(self, cells: Tensor, dim: int) -> Tensor:
+        """Values [..., total, ...] from cells, zeros where a value has none."""
+        found = cells.index_select(dim, self.cell)
         if self.index is None:
             return found
-        return found.new_zeros(self.num_values, *found.shape[1:]).index_copy_(0, self.index, found)
-
-
-def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
-    """[cells, H, d] from [R, H, L, d] per class."""
-    if not parts:
-        return like.new_zeros(0, *like.shape[1:])
-    return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in parts])
+        shape = (*found.shape[:dim], self.num_values, *found.shape[dim + 1 :])
+        return found.new_zeros(shape).index_copy_(dim, self.index, found)
 
 
 def _ceil(length_B: Tensor) -> Tensor:

@@ -118,12 +118,10 @@ class HSTUBlock(nn.Module):
         """
         width = self.heads * self.e
         mixed_SX = self.project(self.norm_in(x_SD))
+        is_research = self.config.variant == "research"
+        mixed_SX = silu(mixed_SX) if is_research else mixed_SX
         u_SX, v_SX, q_SX, k_SX = mixed_SX.split([width, width, self.heads * self.d, self.heads * self.d], dim=-1)
-        if self.config.variant == "research":
-            u_SX, v_SX, q_SX, k_SX = silu(u_SX), silu(v_SX), silu(q_SX), silu(k_SX)
-            alpha = 1.0
-        else:
-            u_SX, alpha = silu(u_SX), self.d**-0.5
+        u_SX, alpha = (u_SX, 1.0) if is_research else (silu(u_SX), self.d**-0.5)
         new = KeysValues(k_SX.unflatten(-1, (self.heads, self.d)), v_SX.unflatten(-1, (self.heads, self.e)))
         known = new if before is None else appended(before, new, sequences)
         q_SHd, bias = q_SX.unflatten(-1, (self.heads, self.d)), RelativeBias(self.position_bias, self.time_bias)
