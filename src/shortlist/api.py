@@ -21,7 +21,8 @@ from shortlist.cascade.run import Run, load_run
 from shortlist.data.check import check
 from shortlist.data.dataset import Dataset, build_dataset
 from shortlist.data.datasets import load as dataset
-from shortlist.data.log import EventLog, read
+from shortlist.data.ingested import Log
+from shortlist.data.ingested import open_log as read
 from shortlist.data.splits import DataConfig
 from shortlist.evaluation.evaluate import Comparison, Window
 from shortlist.evaluation.evaluate import compare as compare_reports
@@ -50,13 +51,13 @@ SECTIONS = ("data", "roles", "surface", "learning", "trainer", "index")
 """Sections of a run's settings that are read before stages are chosen from the log."""
 
 
-def split(log: EventLog, config: DataConfig | None = None) -> Dataset:
+def split(log: Log, config: DataConfig | None = None) -> Dataset:
     """Cut, number and encode a log; see `shortlist.data.dataset.build_dataset`. DataError where a part would be empty."""
     return build_dataset(log, config)
 
 
 def settle(
-    log: EventLog, config: RunConfig | Path | str | None = None, settings: Sequence[str] = ()
+    log: Log, config: RunConfig | Path | str | None = None, settings: Sequence[str] = ()
 ) -> tuple[Dataset, RunConfig]:
     """The encoded log and every setting of a run on it.
 
@@ -75,7 +76,7 @@ def settle(
 
 
 def train(
-    log: EventLog,
+    log: Log,
     *,
     out: Path | str,
     config: RunConfig | Path | str | None = None,

@@ -1,44 +1,59 @@
-"""Out-of-core histories against the in-memory way, and a kill in the middle."""
+"""An ingested log against the same log read at once, whatever kind of file it was, and a kill in the middle."""
 
+import gzip
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from data_support import small_frame
-from shortlist.data.encode import encode_events
-from shortlist.data.histories import Histories
-from shortlist.data.ingest import IngestConfig, Ingested, ingest
+from shortlist.data.check import check
+from shortlist.data.dataset import DataConfig, build_dataset
+from shortlist.data.ingest import IngestConfig, ingest
+from shortlist.data.ingested import Ingested, open_log
 from shortlist.data.log import read
 from shortlist.data.roles import Roles
 from shortlist.errors import DataError, SnapshotError
 
-SMALL = IngestConfig(batch_rows=37, part_rows=50)
+SMALL = IngestConfig(block_bytes=1500, batch_rows=37, part_rows=50, max_bad_share=0.5)
 
 
-def same_as_in_memory(made, path, roles=None):
-    log = read(path, roles=roles, max_bad_share=0.5)
-    plain = encode_events(log, made.items, made.users)
-    for f in fields(Histories):
-        ours, theirs = getattr(made.histories, f.name), getattr(plain.histories, f.name)
-        assert ours.dtype == theirs.dtype, f.name
-        assert np.array_equal(ours, theirs), f.name
-    assert np.array_equal(made.row, plain.row)
-    assert made.actions == plain.actions
-    assert made.time_unit == log.time_unit
-    assert made.num_bad == log.quarantined.total
-    assert set(made.items.ids.to_list()) == set(log.events["item_id"].to_list())
-    assert made.items.ids.dtype == log.events["item_id"].dtype
-    assert made.users.ids.dtype == log.events["user_id"].dtype
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def same_as_read(made: Ingested, path, **options):
+    """All that `read` would have given, and byte for byte the data set that comes of it."""
+    log = read(path, max_bad_share=0.5, **options)
+    mine = made.in_memory()
+    assert_frame_equal(mine.events, log.events)
+    for ours, theirs in ((mine.items, log.items), (mine.users, log.users)):
+        assert (ours is None) == (theirs is None)
+        if theirs is not None:
+            assert_frame_equal(ours, theirs)
+    assert (made.roles, made.time_unit, made.has_time, made.has_clock) == (
+        log.roles, log.time_unit, log.has_time, log.has_clock,
+    )  # fmt: skip
+    assert made.notes == log.notes
+    assert dict(made.quarantined.counts) == dict(log.quarantined.counts)
+    if log.quarantined.total:
+        assert_frame_equal(made.quarantined.rows, log.quarantined.rows)
+        assert_frame_equal(pl.read_parquet(made.folder / "rejected.parquet"), log.quarantined.rows)
+    assert replace(check(made), source="") == replace(check(log), source="")
+    build_dataset(made).save(made.folder / "ours")
+    build_dataset(log).save(made.folder / "theirs")
+    assert files_of(made.folder / "ours") == files_of(made.folder / "theirs")
+    return log
 
 
 def variants(seed):
-    """Logs with baskets, without, with gaps in the baskets, counters for times, sub-millisecond ties, ids that are text in a CSV."""
+    """Logs with baskets, without, with gaps in the baskets, counters for times or none, sub-millisecond ties, ids like 007."""
     frame = small_frame(seed)
     whole = frame.with_columns(
         user_id=pl.col("user_id").str.slice(1).cast(pl.Int64), basket_id=pl.col("basket_id").str.slice(1).cast(pl.Int64)
@@ -52,103 +67,211 @@ def variants(seed):
         + pl.duration(microseconds=pl.int_range(pl.len()) % 4))  # fmt: skip
     yield "product", whole.with_columns(price=pl.col("value"), quantity=pl.col("item_id") % 3).drop("value")
     yield "odd", whole.with_columns(user_id=pl.col("user_id").cast(pl.String).replace("3", "007"))
+    yield "timeless", frame.drop("timestamp", "basket_id")
+    yield "timeless-baskets", frame.drop("timestamp")
+    yield "fields", frame.with_columns(
+        colour=(pl.col("item_id") % 3).cast(pl.String), device=pl.int_range(pl.len()) % 4,
+        click=(pl.int_range(pl.len()) % 5 > 0).cast(pl.Int64), mark=pl.when(pl.int_range(pl.len()) % 2 > 0).then(pl.lit("a, \"b\"\nc")),
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kind", ["parquet", "csv"])
-def test_the_same_as_in_memory(tmp_path, seed, kind):
+def write(frame, kind, folder, name):
+    path = folder / f"{name}.{kind}"
+    if kind == "csv":
+        frame.write_csv(path)
+    elif kind == "csv.gz":
+        path.write_bytes(gzip.compress(frame.write_csv(separator="\t").encode()))
+    elif kind == "jsonl":
+        frame.write_ndjson(path)
+    elif kind == "folder":
+        path.mkdir()
+        frame[:100].write_parquet(path / "1.parquet")
+        frame[100:].write_parquet(path / "2.parquet")
+    else:
+        frame.write_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed"), [("parquet", 0), ("parquet", 1), ("csv", 0), ("csv.gz", 1), ("jsonl", 2), ("folder", 3)]
+)
+def test_the_same_as_read_at_once(tmp_path, kind, seed):
     for name, frame in variants(seed):
-        path = tmp_path / f"{name}.{kind}"
-        frame.write_parquet(path) if kind == "parquet" else frame.write_csv(path)
-        made = ingest(path, tmp_path / name, config=SMALL)
-        assert made.histories.num_events == frame.height
-        same_as_in_memory(made, path)
+        path = write(frame, kind, tmp_path, name)
+        made = ingest(path, tmp_path / f"{name}-out", config=SMALL)
+        assert made.events.height == frame.height
+        same_as_read(made, path)
 
 
-def test_rows_that_can_not_be_used_are_counted_and_left_out(tmp_path):
+def test_with_tables_whose_ids_are_of_another_type(tmp_path):
+    """Items without events get rows; text "103" in the table is the number 103, and "x" makes text of all."""
+    path = write(small_frame(4), "csv", tmp_path, "log")
+    users = pl.DataFrame({"user_id": [f"u{n}" for n in range(20)], "country": [f"c{n % 3}" for n in range(20)]})
+    for extra in (["150"], ["150", "x"]):
+        names = [str(n) for n in range(100, 112)] + extra
+        items = pl.DataFrame({"item_id": names, "title": [f"thing {n}" for n in names]})
+        made = ingest(path, tmp_path / f"out{len(extra)}", items=items, users=users, config=SMALL)
+        same_as_read(made, path, items=items, users=users)
+        assert len(made.item_ids) == 12 + len(extra)
+
+
+def test_other_settings_than_those_of_the_folder(tmp_path):
+    """A k-core, another seed or published groups need the whole log, and get it."""
+    path = write(small_frame(5), "parquet", tmp_path, "log")
+    made, log = ingest(path, tmp_path / "out", config=SMALL), read(path)
+    for name, config in (
+        ("kcore", DataConfig(kcore=12)), ("seed", DataConfig(seed=3)), ("last", DataConfig(protocol="leave-last-out-as-published")),
+        ("user", DataConfig(protocol="user")),
+    ):  # fmt: skip
+        build_dataset(made, config).save(tmp_path / f"{name}-ours")
+        build_dataset(log, config).save(tmp_path / f"{name}-theirs")
+        assert files_of(tmp_path / f"{name}-ours") == files_of(tmp_path / f"{name}-theirs")
+    assert_frame_equal(open_log(tmp_path / "out", kcore=12).events, read(path, kcore=12).events)
+
+
+def test_bad_rows_are_kept_aside_with_their_reasons(tmp_path):
     frame = small_frame(1).with_columns(
         item_id=pl.when(pl.int_range(pl.len()) % 11 != 0).then("item_id"),
         timestamp=pl.when(pl.int_range(pl.len()) % 13 != 0).then("timestamp"),
         value=pl.when(pl.int_range(pl.len()) % 17 == 0).then(float("inf")).otherwise("value"),
     )
-    frame.write_parquet(tmp_path / "log.parquet")
-    made = ingest(
-        tmp_path / "log.parquet", tmp_path / "out", config=IngestConfig(batch_rows=50, part_rows=40, max_bad_share=0.5)
-    )
-    bad = sum(1 for i in range(frame.height) if i % 11 == 0 or i % 13 == 0 or i % 17 == 0)
-    assert made.num_bad == bad
-    same_as_in_memory(made, tmp_path / "log.parquet")
-    with pytest.raises(DataError, match=f"{bad:,} of {frame.height:,} rows have no user"):
-        ingest(tmp_path / "log.parquet", tmp_path / "out", config=SMALL)
-    assert Ingested.load(tmp_path / "out").num_bad == bad, "a refused log changes nothing"
+    path = write(frame, "parquet", tmp_path, "log")
+    made = ingest(path, tmp_path / "out", config=SMALL)
+    same_as_read(made, path)
+    assert made.quarantined.total == sum(1 for i in range(frame.height) if i % 11 == 0 or i % 13 == 0 or i % 17 == 0)
+    with pytest.raises(DataError, match=r"(?s)events rows are bad.*out\.rejected\.parquet"):
+        ingest(path, tmp_path / "out", config=replace(SMALL, max_bad_share=0.01))
+    assert pl.read_parquet(tmp_path / "out.rejected.parquet").height == made.quarantined.total
+    assert Ingested.load(tmp_path / "out").quarantined.total == made.quarantined.total, "a refused log changes nothing"
     assert not (tmp_path / "out.part").exists()
 
 
-def test_one_user_may_be_larger_than_a_part(tmp_path):
-    frame = pl.DataFrame(
-        {
-            "user_id": ["a"] * 90 + ["b"],
-            "item_id": list(range(91)),
-            "timestamp": list(range(1_600_000_090, 1_599_999_999, -1)),
-        }
+def test_broken_lines_keep_their_numbers_across_blocks(tmp_path):
+    lines = small_frame(6).write_csv().splitlines()
+    for at in (5, 90, 180):
+        lines[at] += ",too much"
+    lines.insert(120, "")
+    path = tmp_path / "log.csv"
+    path.write_text("\n".join(lines) + "\n")
+    made = ingest(path, tmp_path / "out", config=SMALL)
+    same_as_read(made, path)
+    assert made.quarantined.rows["line"].to_list() == [6, 91, 182]
+    path = tmp_path / "log.jsonl"
+    rows = small_frame(6).write_ndjson().splitlines()
+    rows[150] = '{"user_id": '
+    path.write_text("\n".join(rows))
+    made = ingest(path, tmp_path / "json", config=SMALL)
+    same_as_read(made, path)
+    assert made.quarantined.rows["line"].to_list() == [151]
+
+
+def test_text_in_other_layouts(tmp_path):
+    """No header and "::"; semicolons with decimal commas, whole numbers only in the first blocks."""
+    frame = small_frame(7)
+    columns = ("user_id", "item_id", "value", "timestamp")
+    ratings = frame.select(pl.col(columns).cast(pl.String).str.strip_prefix("u"))
+    (tmp_path / "ratings.dat").write_text("\n".join("::".join(row) for row in ratings.rows()))
+    same_as_read(ingest(tmp_path / "ratings.dat", tmp_path / "dat", config=SMALL), tmp_path / "ratings.dat")
+    worth = (
+        pl.when(pl.int_range(pl.len()) < 150)
+        .then(pl.col("value").cast(pl.Int64).cast(pl.String))
+        .otherwise(pl.lit("3,75"))
     )
-    frame.write_parquet(tmp_path / "log.parquet")
-    made = ingest(tmp_path / "log.parquet", tmp_path / "out", config=IngestConfig(batch_rows=7, part_rows=5))
-    same_as_in_memory(made, tmp_path / "log.parquet")
+    frame.with_columns(value=worth).write_csv(tmp_path / "log.csv", separator=";")
+    made = ingest(tmp_path / "log.csv", tmp_path / "out", config=SMALL)
+    assert same_as_read(made, tmp_path / "log.csv").events["value"].dtype == pl.Float64
+
+
+def test_a_column_that_turns_into_text_late(tmp_path):
+    frame = small_frame(8).with_columns(
+        shelf=pl.when(pl.int_range(pl.len()) < 150).then(pl.lit("12")).otherwise(pl.lit("top"))
+    )
+    path = write(frame, "csv", tmp_path, "log")
+    made = ingest(path, tmp_path / "out", config=SMALL)
+    assert made.events["shelf"].to_list() == read(path).events["shelf"].to_list() == frame["shelf"].to_list()
+    assert "column 'shelf' holds numbers in one part" in made.notes[0]
+
+
+def test_one_user_may_be_larger_than_a_part(tmp_path):
+    at = list(range(1_600_000_090, 1_599_999_999, -1))
+    frame = pl.DataFrame({"user_id": ["a"] * 90 + ["b"], "item_id": list(range(91)), "timestamp": at})
+    path = write(frame, "parquet", tmp_path, "log")
+    made = ingest(path, tmp_path / "out", config=replace(SMALL, batch_rows=7, part_rows=5))
+    user_a = int(made.user_ids.encode(["a"])[0])
+    a, b = made.histories.offsets[user_a : user_a + 2]
+    assert made.item_ids.decode(made.histories.item[a:b]) == list(range(89, -1, -1))
 
 
 def test_what_can_not_be_read_is_said(tmp_path):
     frame = small_frame(0)
-    frame.write_parquet(tmp_path / "log.parquet")
-    frame.write_ndjson(tmp_path / "log.jsonl")
-    frame.drop("timestamp").write_parquet(tmp_path / "timeless.parquet")
-    (tmp_path / "torn.parquet").write_bytes((tmp_path / "log.parquet").read_bytes()[:-50])
+    path = write(frame, "parquet", tmp_path, "log")
+    (tmp_path / "array.json").write_text(frame.write_json())
+    (tmp_path / "torn.parquet").write_bytes(path.read_bytes()[:-50])
+    (tmp_path / "empty.csv").write_text("")
     (tmp_path / "mine").mkdir()
     for source, folder, wanted in (
-        ("log.jsonl", "out", "reads Parquet and CSV"), ("timeless.parquet", "out", "no column is the time"),
-        ("absent.parquet", "out", "no such file"), ("torn.parquet", "out", "torn.parquet"), ("log.parquet", "mine", "no ingested log"),
+        ("array.json", "out", "one object per line"), ("absent.parquet", "out", "no such file"), ("torn.parquet", "out", "torn.parquet"),
+        ("empty.csv", "out", "empty"), ("log.parquet", "mine", "no ingested log"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=wanted):
             ingest(tmp_path / source, tmp_path / folder, config=SMALL)
     with pytest.raises(DataError, match="no column 'who' for user"):
-        ingest(tmp_path / "log.parquet", tmp_path / "out", roles=Roles(user="who"))
+        ingest(path, tmp_path / "out", roles=Roles(user="who"))
     assert not (tmp_path / "out").exists()
-    made = ingest(tmp_path / "log.parquet", tmp_path / "out", config=SMALL)
-    (tmp_path / "out" / "row.npy").write_bytes(b"torn")
-    with pytest.raises(SnapshotError, match="ingest the log again"):
-        Ingested.load(tmp_path / "out")
-    assert made.histories.num_events == frame.height
+
+
+def test_a_damaged_folder_is_refused_by_name(tmp_path):
+    path = write(small_frame(0), "parquet", tmp_path, "log")
+    for name in ("row.npy", "events/000002.parquet", "ingest.json", "item_ids.parquet", "histories/item.npy"):
+        ingest(path, tmp_path / "out", config=SMALL)
+        (tmp_path / "out" / name).write_bytes(b"torn")
+        with pytest.raises(SnapshotError, match="damaged"):
+            _ = Ingested.load(tmp_path / "out").in_memory()
+
+
+def test_an_ingested_log_is_opened_as_it_is(tmp_path):
+    path = write(small_frame(0), "parquet", tmp_path, "log")
+    ingest(path, tmp_path / "out", config=SMALL)
+    assert isinstance(open_log(tmp_path / "out", roles=Roles(user="user_id")), Ingested)
+    assert not isinstance(open_log(path), Ingested)
+    with pytest.raises(DataError, match="--items has no effect"):
+        open_log(tmp_path / "out", items=tmp_path / "items.csv")
+    with pytest.raises(
+        DataError, match=r"with item_id as item, now action is wanted; ingest the log again with `--item action`"
+    ):
+        open_log(tmp_path / "out", roles=Roles(item="action"))
+    with pytest.raises(DataError, match="is an ingested log, no table"):
+        read(tmp_path / "out")
 
 
 def test_a_stop_between_the_two_renames_is_mended(tmp_path):
-    small_frame(0).write_parquet(tmp_path / "log.parquet")
-    made = ingest(tmp_path / "log.parquet", tmp_path / "out", config=SMALL)
+    path = write(small_frame(0), "parquet", tmp_path, "log")
+    made = ingest(path, tmp_path / "out", config=SMALL)
     (tmp_path / "out").rename(tmp_path / "out.old")
-    assert np.array_equal(Ingested.load(tmp_path / "out").histories.item, made.histories.item)
+    again = open_log(tmp_path / "out")
+    assert np.array_equal(again.histories.item, made.histories.item)
     assert not (tmp_path / "out.old").exists()
 
 
 def test_times_in_two_forms_are_refused(tmp_path):
-    frame = small_frame(0)
-    mixed = frame.with_columns(
+    mixed = small_frame(0).with_columns(
         timestamp=pl.when(pl.int_range(pl.len()) < 100).then("timestamp").otherwise(pl.col("timestamp") * 1000)
     )
-    mixed.write_parquet(tmp_path / "log.parquet")
+    path = write(mixed, "parquet", tmp_path, "log")
     with pytest.raises(DataError, match="times read as ms and as s"):
-        ingest(tmp_path / "log.parquet", tmp_path / "out", config=IngestConfig(batch_rows=50))
+        ingest(path, tmp_path / "out", config=replace(SMALL, batch_rows=50))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_kill_in_the_middle_leaves_the_old_files_whole(tmp_path):
-    small_frame(0).write_parquet(tmp_path / "old.parquet")
-    old = ingest(tmp_path / "old.parquet", tmp_path / "out")
-    before = {path: path.read_bytes() for path in sorted((tmp_path / "out").rglob("*")) if path.is_file()}
-    pl.concat([small_frame(seed) for seed in range(40)]).write_parquet(tmp_path / "new.parquet")
+    old = ingest(write(small_frame(0), "parquet", tmp_path, "old"), tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    new = write(pl.concat([small_frame(seed) for seed in range(40)]), "parquet", tmp_path, "new")
     code = (
         "import sys; from shortlist.data.ingest import IngestConfig, ingest\n"
-        "ingest(sys.argv[1], sys.argv[2], config=IngestConfig(batch_rows=5, part_rows=40))"
+        "ingest(sys.argv[1], sys.argv[2], config=IngestConfig(batch_rows=100, part_rows=20))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "new.parquet"), str(tmp_path / "out")])
+    process = subprocess.Popen([sys.executable, "-c", code, str(new), str(tmp_path / "out")])
     try:
         deadline = time.monotonic() + 30
         while not list(tmp_path.glob("out.part/part-*.bin")) and time.monotonic() < deadline:
@@ -159,8 +282,7 @@ def test_a_kill_in_the_middle_leaves_the_old_files_whole(tmp_path):
         process.kill()
         process.wait()
     assert (tmp_path / "out.part").exists(), "it was in the middle"
-    assert {path: path.read_bytes() for path in before} == before
+    assert files_of(tmp_path / "out") == before
     assert Ingested.load(tmp_path / "out").histories.num_events == old.histories.num_events
-    made = ingest(tmp_path / "new.parquet", tmp_path / "out", config=SMALL)
-    same_as_in_memory(made, tmp_path / "new.parquet")
+    same_as_read(ingest(new, tmp_path / "out", config=replace(SMALL, batch_rows=999, part_rows=999)), new)
     assert not (tmp_path / "out.part").exists()

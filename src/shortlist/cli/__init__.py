@@ -15,6 +15,7 @@ from shortlist.errors import ShortlistError
 COMMANDS = {
     "demo": "Train and evaluate a four-stage cascade on the built-in shop log.",
     "check": "Say in words what a log holds and what it can serve.",
+    "ingest": "Lay a log larger than memory down in a folder.",
     "train": "Train a cascade on a log.",
     "evaluate": "Evaluate a trained run on its held-out requests.",
     "compare": "Put runs and systems into one table with intervals and paired tests.",

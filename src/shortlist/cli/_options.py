@@ -14,11 +14,31 @@ import typer
 
 if TYPE_CHECKING:
     from shortlist.cascade.engine import Engine
-    from shortlist.data.log import EventLog
+    from shortlist.data.ingested import Log
     from shortlist.data.roles import Roles
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def _use_threads(count: int | None) -> int | None:
+    """Called when the option is read: before any work, and without loading PyTorch where it is not given."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
+    return count
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        callback=_use_threads,
+        help="Threads of PyTorch, LightGBM and FAISS; default: their own choice. 1 is fastest for small models on a busy machine.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")]
 Settings = Annotated[
     list[str] | None,
@@ -35,7 +55,11 @@ class LogOptions:
     """A log, its tables and its roles, as the command line names them. Every field is an option; `with_log` adds them to a command."""
 
     source: Annotated[
-        str, typer.Argument(metavar="LOG", help="Log (CSV, Parquet, JSONL, Arrow), or a data set: builtin, ml-100k ...")
+        str,
+        typer.Argument(
+            metavar="LOG",
+            help="Log (CSV, Parquet, JSONL, Arrow), a folder of `shortlist ingest`, or a data set: builtin, ml-100k ...",
+        ),
     ]
     items: Annotated[
         Path | None, typer.Option(help="Table of items: an id and fields such as title, price, category.")
@@ -67,6 +91,18 @@ class LogOptions:
         Path | None, typer.Option(help="Where bad rows are kept with their reasons (Parquet or CSV).")
     ] = None
 
+    def typed(self) -> list[str]:
+        """The log with the options that were given, as they could be typed again."""
+        words = [self.source]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name != "source" and value != f.default and value is not None:
+                option = f"--{f.name.replace('_', '-')}"
+                words += [
+                    word for one in (value if isinstance(value, list) else [value]) for word in (option, str(one))
+                ]
+        return words
+
     def roles(self, config: Roles | None = None) -> Roles | None:
         """The roles given, by flag first and then by `config`; None where none is."""
         from dataclasses import replace
@@ -80,10 +116,11 @@ class LogOptions:
         wanted = replace(config or Roles(), **given)
         return None if wanted == Roles() else wanted
 
-    def open(self, default_quarantine: Path | None = None, config_roles: Roles | None = None) -> EventLog:
-        """Read the log at the path, or the data set of that name. Bad rows go to `quarantine`, else to `default_quarantine`."""
+    def open(self, default_quarantine: Path | None = None, config_roles: Roles | None = None) -> Log:
+        """The log at the path, read or ingested before, or the data set of that name. Bad rows go to `quarantine`, else to
+        `default_quarantine`."""
         from shortlist.data.datasets import load, names
-        from shortlist.data.log import read
+        from shortlist.data.ingested import open_log
         from shortlist.errors import ConfigError
 
         if self.source in names() and not Path(self.source).exists():
@@ -94,7 +131,7 @@ class LogOptions:
                     f"{self.source} is a prepared data set, so --{flag} has no effect; leave it out or give a file"
                 )
             return load(self.source)
-        return read(
+        return open_log(
             Path(self.source),
             items=self.items,
             users=self.users,

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortlist.cli._options import Json, LogOptions, Quiet, Settings, called_as, with_log
+from shortlist.cli._options import Json, LogOptions, Quiet, Settings, Threads, called_as, with_log
 
 if TYPE_CHECKING:
     from shortlist.cascade.run import Run
-    from shortlist.data.log import EventLog
+    from shortlist.data.ingested import Log
     from shortlist.data.roles import Roles
 
 
@@ -30,6 +30,7 @@ def command(
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from a training that was stopped.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print every setting as TOML and stop.")] = False,
     no_report: Annotated[bool, typer.Option("--no-report", help="Write no report.html beside the run.")] = False,
+    threads: Threads = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -80,7 +81,7 @@ def command(
     )
 
 
-def _report(run: Run, events: EventLog, began: float) -> Path:
+def _report(run: Run, events: Log, began: float) -> Path:
     """Write the report, with what the log has to say; its path."""
     from shortlist.data.check import check
     from shortlist.evaluation.report import report_training
@@ -89,7 +90,7 @@ def _report(run: Run, events: EventLog, began: float) -> Path:
     return report_training(run, health=check(events).sentences(), command=called_as(), seconds=seconds)
 
 
-def _reading(events: EventLog, given: Roles | None) -> list[str]:
+def _reading(events: Log, given: Roles | None) -> list[str]:
     """What was read and how it was understood."""
     from shortlist.data.roles import describe_roles
 

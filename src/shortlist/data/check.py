@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from shortlist.data.ingested import Ingested, Log
 from shortlist.data.leaks import Leak, find_leaks
 from shortlist.data.log import EventLog
 from shortlist.data.splits import DataConfig
@@ -113,8 +114,9 @@ class Health:
         return [*_facts(self), *_order_words(self), *_trap_words(self), *_table_words(self), *_use_words(self)]
 
 
-def check(log: EventLog) -> Health:
+def check(log: Log) -> Health:
     """Examine a log. Reads every row once or twice; single-column leaks are sought in a sample of 200,000 rows."""
+    log = log.numbered() if isinstance(log, Ingested) else log
     events = log.events
     per_user = events.group_by("user_id").agg(pl.len(), groups=pl.col("group_id").n_unique())
     num_pairs = _num_distinct(events, "user_id", "item_id")

@@ -38,6 +38,7 @@ from shortlist.data.fields import field_table, first_rows, stacked
 from shortlist.data.histories import Histories, Int, Requests, View
 from shortlist.data.impressions import Impressions, logged_impressions
 from shortlist.data.infer import CANONICAL, infer_schema
+from shortlist.data.ingested import Ingested, Log
 from shortlist.data.jagged import Jagged
 from shortlist.data.log import EventLog, dense_codes, k_core
 from shortlist.data.schema import Categorical, Column, Field, FieldTable, Space
@@ -299,25 +300,31 @@ class Dataset:
 # -- build --------------------------------------------------------------------------------------------------------
 
 
-def build_dataset(log: EventLog, config: DataConfig | None = None) -> Dataset:
+def build_dataset(log: Log, config: DataConfig | None = None) -> Dataset:
     """Cut, number, fit and encode a log. Everything that is learned is learned from events before the fit window.
+
+    An ingested log is read column by column; with a k-core, another seed than its own, or groups of single events, as a whole.
 
     Raises DataError where a part of the split would be empty, or a column, label or action named in the config does not exist.
     """
     config = config or DataConfig()
     _check(log, config)
-    if config.kcore:
+    single = config.protocol == "leave-last-out-as-published"
+    if isinstance(log, Ingested) and (config.kcore or single or config.seed != log.seed):
+        log = log.in_memory()
+    if config.kcore and isinstance(log, EventLog):
         log = _core(log, target_rule(log, config), config.kcore)
     rule = target_rule(log, config)
     used = config
     if config.protocol == "time" and not log.has_clock:
         used = replace(config, protocol="last-group")
-    tables = [frame["item_id"] for frame in (log.events, log.items) if frame is not None]
-    item_ids = Vocabulary.build(*tables, seed=config.seed)
-    user_ids = Vocabulary.build(log.events["user_id"], seed=config.seed)
-    shown = encode_events(
-        log, item_ids, user_ids, single=used.protocol == "leave-last-out-as-published", seed=config.seed
-    )
+    if isinstance(log, Ingested):
+        item_ids, user_ids, shown = log.item_ids, log.user_ids, log.encoded
+    else:
+        tables = [frame["item_id"] for frame in (log.events, log.items) if frame is not None]
+        item_ids = Vocabulary.build(*tables, seed=config.seed)
+        user_ids = Vocabulary.build(log.events["user_id"], seed=config.seed)
+        shown = encode_events(log, item_ids, user_ids, single=single, seed=config.seed)
     events = shown
     if rule.label is not None:
         events = shown.keep(_choices(log, rule, shown), has_clock=log.has_clock)
@@ -371,14 +378,14 @@ def build_dataset(log: EventLog, config: DataConfig | None = None) -> Dataset:
     )
 
 
-def _choices(log: EventLog, rule: TargetRule, shown: EncodedEvents) -> NDArray[np.bool_]:
+def _choices(log: Log, rule: TargetRule, shown: EncodedEvents) -> NDArray[np.bool_]:
     """[N] in the order of the encoded events: the row is a choice."""
     chosen: NDArray[np.bool_] = rule.chosen(log.events).to_numpy()[shown.row]
     return chosen
 
 
 def _logged(
-    log: EventLog,
+    log: Log,
     rule: TargetRule,
     shown: EncodedEvents,
     histories: Histories,
@@ -418,7 +425,7 @@ def _note(note: str, config: DataConfig, used: DataConfig, rule: TargetRule) -> 
     return f"{clock}{note}{core} {rule.note}".rstrip()
 
 
-def _check(log: EventLog, config: DataConfig) -> None:
+def _check(log: Log, config: DataConfig) -> None:
     for name in config.context:
         if name not in log.events.columns or name in CANONICAL - {"query", "position", "bid"}:
             others = [column for column in log.events.columns if column not in CANONICAL]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
@@ -167,7 +167,14 @@ def _number_pairs(first: Int, second: Int) -> Int:
     return numbers
 
 
-def column_of(frame: pl.DataFrame, name: str, row: Int) -> pl.Series:
+class Columns(Protocol):
+    """Anything that gives columns by name: a frame, or columns on disk."""
+
+    def __getitem__(self, name: str, /) -> pl.Series:
+        """The column [N]."""
+
+
+def column_of(frame: Columns, name: str, row: Int) -> pl.Series:
     """One column of the events in the order of the histories."""
     column: Any = frame[name].gather(row)
     return column

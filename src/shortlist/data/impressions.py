@@ -21,8 +21,9 @@ from torch import Tensor
 
 from shortlist.data.encode import EncodedEvents, column_of
 from shortlist.data.histories import Histories, Int, Requests
+from shortlist.data.ingested import Log
 from shortlist.data.jagged import Jagged
-from shortlist.data.log import EventLog, dense_codes
+from shortlist.data.log import dense_codes
 from shortlist.data.splits import Bools, Columns, Groups, Plan, Small, time_context
 from shortlist.data.targets import label_columns, label_values
 
@@ -51,7 +52,7 @@ class Impressions:
 
 
 def logged_impressions(
-    log: EventLog,
+    log: Log,
     shown: EncodedEvents,
     histories: Histories,
     plan: Plan,
@@ -133,7 +134,7 @@ def logged_impressions(
     )
 
 
-def _impression_of_row(log: EventLog, shown: EncodedEvents) -> Int:
+def _impression_of_row(log: Log, shown: EncodedEvents) -> Int:
     """[N] dense numbers: equal for the rows of one impression. Rows without a request_id go by their group."""
     keys = log.events.select("group_id")
     if "request_id" in log.events.columns:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from shortlist.data.encode import EncodedEvents, column_of
 from shortlist.data.fields import WORDS, FittedField, Unused, as_number, as_text, tokens
-from shortlist.data.log import EventLog
+from shortlist.data.ingested import Log
 from shortlist.data.schema import Side
 from shortlist.data.schema_file import Schema
 from shortlist.data.targets import label_columns
@@ -64,7 +64,7 @@ class _Type:
 
 
 def infer_schema(
-    log: EventLog,
+    log: Log,
     context: tuple[str, ...],
     events: EncodedEvents,
     training: NDArray[np.bool_],

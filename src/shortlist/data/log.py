@@ -28,6 +28,8 @@ _CANONICAL = {
     "request": "request_id", "basket": "basket_id", "position": "position", "value": "value", "bid": "bid", "query": "query",
     "propensity": "propensity",
 }  # fmt: skip
+INGESTED = "ingest.json"
+"""File that makes a folder an ingested log; see `data/ingested.py`."""
 _NUMBERS = ("position", "value", "bid", "propensity")
 RESERVED = ("user_id", "item_id", "timestamp", "action", "group_id", *_CANONICAL.values())
 """Names that columns of the events have by their role; a source column of such a name is called `source_NAME`."""
@@ -112,6 +114,8 @@ def read(
     """
     if not 0.0 <= max_bad_share < 1.0:
         raise DataError(f"max_bad_share must be at least 0 and below 1, got {max_bad_share}.")
+    if isinstance(events, str | Path) and (Path(events) / INGESTED).exists():
+        raise DataError(f"{events} is an ingested log, no table; open it with `shortlist.read` or `Ingested.load`.")
     table = load_table(events, separator=separator)
     if table.frame.height == 0 and table.bad.height == 0:
         raise DataError(f"{table.name}: no rows; the log is empty.")
@@ -125,14 +129,14 @@ def read(
     side: dict[str, pl.DataFrame | None] = {"items": None, "users": None}
     for kind, role, source, name in (("items", "item", items, roles.item), ("users", "user", users, roles.user)):
         if source is not None:
-            side_table = load_table(source)
-            good, bad = _side_table(side_table, role, name)
+            listed = load_table(source)
+            good, bad = side_table(listed, role, name)
             side[kind] = good
-            tables.append((kind, side_table, bad, good.height))
-            notes += side_table.notes
-    quarantined = _set_aside(tables, None if quarantine is None else Path(quarantine), max_bad_share)
-    frame, side["items"], note_i = _agree(frame, side["items"], "item_id")
-    frame, side["users"], note_u = _agree(frame, side["users"], "user_id")
+            tables.append((kind, listed, bad, good.height))
+            notes += listed.notes
+    quarantined = set_aside(tables, None if quarantine is None else Path(quarantine), max_bad_share)
+    frame, side["items"], note_i = agreed(frame, side["items"], "item_id")
+    frame, side["users"], note_u = agreed(frame, side["users"], "user_id")
     unit = times.unit if times is not None else None
     if unit is None and roles.timestamp is not None:
         notes.append(f"column {roles.timestamp!r} is empty: the log has no times.")
@@ -327,7 +331,7 @@ def _split_bad(frame: pl.DataFrame, table: Table, reasons: list[pl.Series]) -> t
     return frame.filter(~wrong), pl.concat([table.bad, bad]).sort("line")
 
 
-def _set_aside(tables: list[tuple[str, Table, pl.DataFrame, int]], path: Path | None, max_share: float) -> Quarantine:
+def set_aside(tables: list[tuple[str, Table, pl.DataFrame, int]], path: Path | None, max_share: float) -> Quarantine:
     """Write bad rows and raise DataError when a table has too many of them."""
     frames = [
         bad.with_columns(table=pl.lit(kind)).select("table", "line", "reason", "row")
@@ -373,7 +377,7 @@ def _write(rows: pl.DataFrame, path: Path) -> None:
 # -- items and users ----------------------------------------------------------------------------------------------
 
 
-def _side_table(table: Table, role: str, events_name: str | None) -> tuple[pl.DataFrame, pl.DataFrame]:
+def side_table(table: Table, role: str, events_name: str | None) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The items or users table with its id column first, and the bad rows: missing and repeated ids."""
     name = f"{role}_id"
     source = table.frame
@@ -406,7 +410,7 @@ def _id_column(table: Table, role: str, events_name: str | None) -> str:
         ) from error
 
 
-def _agree(
+def agreed(
     events: pl.DataFrame, table: pl.DataFrame | None, name: str
 ) -> tuple[pl.DataFrame, pl.DataFrame | None, tuple[str, ...]]:
     """Give both tables one id type: that of the events where the other converts without loss, otherwise text."""

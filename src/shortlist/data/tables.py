@@ -26,6 +26,7 @@ _MISSING = ("", "null", "NULL", "None", "none", "nan", "NaN", "\\N")
 _MISSING_NUMBERS = (*_MISSING, "NA", "N/A", "n/a", "-", "?")
 _MOVIELENS = ("user_id", "item_id", "rating", "timestamp")
 _BLOCK = 1 << 26
+_HEAD = 1 << 16
 _NOT_BLANK = pl.col("text").str.strip_chars() != ""
 _BAD_SCHEMA = {"line": pl.Int64, "reason": pl.String, "row": pl.String}
 
@@ -70,10 +71,40 @@ def load_table(source: object, *, separator: str | None = None, encoding: str | 
     raise DataError(f"cannot read a table from {package}.{kind}; give a path, or a polars, pandas or pyarrow table.")
 
 
+def suffix_of(path: Path) -> str:
+    """What kind of file it is, in lower case, ".gz" not counted: ".csv"."""
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def csv_layout(path: Path, head: bytes, separator: str | None) -> tuple[str, bool]:
+    """Separator (found out where None) and whether there is a header, from the beginning of a text table.
+
+    Raises DataError where it is empty or no text.
+    """
+    if b"\0" in head:
+        raise DataError(
+            f"{path}: not a text table; name Parquet files *.parquet, Arrow files *.arrow, JSON lines *.jsonl."
+        )
+    if not head.strip():
+        raise DataError(f"{path}: the file is empty.")
+    head_lines = _head_lines(head)
+    separator = separator or _sniff(head_lines[:-1] if len(head) >= _HEAD and len(head_lines) > 1 else head_lines)
+    return separator, not any(_is_number(field) for field in _fields(head_lines[0], separator))
+
+
+def _head_lines(head: bytes) -> list[str]:
+    text = head[:_HEAD].decode("utf-8-sig", errors="replace")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _fields(line: str, separator: str) -> list[str]:
+    return [field.strip().strip('"') for field in line.split(separator)]
+
+
 def _load_path(path: Path, separator: str | None, encoding: str | None) -> Table:
     if not path.exists():
         raise DataError(f"{path}: no such file; check the path.")
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    suffix = suffix_of(path)
     try:
         if path.is_dir():
             return _from_frame(pl.read_parquet(path / "**/*.parquet"), str(path))
@@ -106,7 +137,7 @@ def _read_ipc(path: Path) -> pl.DataFrame:
 
 
 def _load_json(path: Path) -> Table:
-    data = _open(path).read()
+    data = opened(path).read()
     if data.lstrip()[:1] == b"[":
         return _from_frame(pl.read_json(io.BytesIO(data)), str(path))
     bad = pl.DataFrame(schema=_BAD_SCHEMA)
@@ -134,19 +165,10 @@ def _is_json_object(text: str) -> bool:
 
 
 def _load_csv(path: Path, separator: str | None, encoding: str | None) -> Table:
-    with _open(path) as file:
-        head = file.read(1 << 16)
-    if b"\0" in head:
-        raise DataError(
-            f"{path}: not a text table; name Parquet files *.parquet, Arrow files *.arrow, JSON lines *.jsonl."
-        )
-    if not head.strip():
-        raise DataError(f"{path}: the file is empty.")
-    head_lines = [line for line in head.decode("utf-8-sig", errors="replace").splitlines() if line.strip()]
-    whole_lines = head_lines[:-1] if len(head) == 1 << 16 else head_lines
-    separator = separator or _sniff(whole_lines or head_lines)
-    first = [field.strip().strip('"') for field in head_lines[0].split(separator)]
-    has_header = not any(_is_number(field) for field in first)
+    with opened(path) as file:
+        head = file.read(_HEAD)
+    separator, has_header = csv_layout(path, head, separator)
+    first = _fields(_head_lines(head)[0], separator)
     clean = None if encoding else _read_clean_csv(path, separator, has_header, len(first))
     notes: tuple[str, ...] = ()
     bad = pl.DataFrame(schema=_BAD_SCHEMA)
@@ -165,7 +187,8 @@ def _load_csv(path: Path, separator: str | None, encoding: str | None) -> Table:
     return Table(frame=frame, lines=lines.alias("line"), bad=bad, name=str(path), notes=notes + naming)
 
 
-def _open(path: Path) -> IO[bytes]:
+def opened(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked where it is a .gz."""
     return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
 
 
@@ -192,7 +215,7 @@ def _csv_bytes(path: Path, separator: str) -> Path | io.BytesIO:
     """What polars reads: the path itself, or the bytes with "::" made one byte."""
     if separator != "::":
         return path
-    with _open(path) as file:
+    with opened(path) as file:
         return io.BytesIO(file.read().replace(b"::", _UNIT_SEPARATOR.encode()))
 
 
@@ -207,7 +230,7 @@ def _read_clean_csv(path: Path, separator: str, has_header: bool, num_columns: i
     """The file in one pass, or None when it may hold blank, ragged, multi-line or undecodable lines."""
     ends = separators = quotes = 0
     last = b"\n"
-    with _open(path) as file:
+    with opened(path) as file:
         while block := file.read(_BLOCK):
             ends += block.count(b"\n")
             separators += block.count(separator.encode())
@@ -226,7 +249,7 @@ def _read_clean_csv(path: Path, separator: str, has_header: bool, num_columns: i
 
 
 def _blocks(path: Path, decode: Callable[[bytes], str]) -> Iterator[str]:
-    with _open(path) as file:
+    with opened(path) as file:
         while block := file.read(_BLOCK):
             yield decode(block + file.readline())
 

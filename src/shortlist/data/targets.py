@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from shortlist.data.log import RESERVED, EventLog
+from shortlist.data.ingested import Log, StoredEvents
+from shortlist.data.log import RESERVED
 from shortlist.data.roles import flag
 from shortlist.data.splits import DataConfig
 from shortlist.errors import DataError
@@ -33,14 +34,14 @@ class TargetRule:
     note: str
     """What was done, in words; empty where the log has no label and nothing had to be decided."""
 
-    def chosen(self, events: pl.DataFrame) -> pl.Series:
+    def chosen(self, events: pl.DataFrame | StoredEvents) -> pl.Series:
         """Bool [rows of the log]: the row is a choice. Rows without a label are none."""
         if self.label is None:
             return pl.repeat(True, events.height, dtype=pl.Boolean, eager=True)
         return (label_values(events[self.label]) >= self.least).fill_null(False)
 
 
-def target_rule(log: EventLog, config: DataConfig) -> TargetRule:
+def target_rule(log: Log, config: DataConfig) -> TargetRule:
     """What `config.target_label` and `config.target_min` mean for this log.
 
     "auto" takes the only label of the log where it holds nothing but 0 and 1 (or true and false), or where a minimum is given.
@@ -74,7 +75,7 @@ def target_rule(log: EventLog, config: DataConfig) -> TargetRule:
     return TargetRule(label=label, least=least, note=note)
 
 
-def target_words(log: EventLog) -> str:
+def target_words(log: Log) -> str:
     """What counts as a choice with default settings, and which flag of `shortlist train` changes it; empty without labels."""
     labels = label_columns(log)
     if not labels:
@@ -89,7 +90,7 @@ def target_words(log: EventLog) -> str:
     return f"{rule.note} `--set data.target_min=VALUE{named}` leaves rows with less than that out."
 
 
-def label_columns(log: EventLog) -> tuple[str, ...]:
+def label_columns(log: Log) -> tuple[str, ...]:
     """The label columns under the names that they have in `log.events`."""
     columns = log.events.columns
     named = (name if name in columns and name not in RESERVED else f"source_{name}" for name in log.roles.labels)
