@@ -35,6 +35,24 @@ def test_a_missing_extra_shows_its_line():
     assert "extra     ann: lacks faiss-cpu; pip install 'shortlist[ann]'" in list(doctor.lines(report))
 
 
+def test_steps_are_timed_by_threads_and_the_number_is_put_back():
+    before = torch.get_num_threads()
+    measured = doctor.step_ms([1, 2], steps=5)
+    assert set(measured) == {1, 2}
+    assert all(0 < ms < 10_000 for ms in measured.values())
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("measured", "advice"), [({1: 0.4, 4: 0.2}, None), ({1: 0.4, 4: 3.0}, "--threads 1"), ({1: 0.4}, None)]
+)
+def test_threads_that_only_cost_are_told(measured, advice):
+    told = doctor._steps_words(measured)
+    assert "0.40 ms with 1 thread" in told
+    assert ("--threads" in told) == (advice is not None)
+    assert advice is None or advice in told
+
+
 @pytest.mark.parametrize(
     ("text", "home", "told"),
     [

@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import shlex
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cli_support import COUNTED, PLAIN, refused, succeeds, write_shop
+from shortlist.cascade import build
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.errors import ConfigError
@@ -152,11 +154,11 @@ def test_a_stopped_search_ends_as_one_that_was_not(dataset, tmp_path, monkeypatc
     whole = tune(dataset, arms, tmp_path / "whole", budget=Budget(trials=5), seed=3)
     calls = []
 
-    def stops(dataset, config, work, progress=False, *, first=True):
+    def stops(dataset, config, work, progress=False, **rest):
         calls.append(config)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return judge(dataset, config, work, progress, first=first)
+        return judge(dataset, config, work, progress, **rest)
 
     monkeypatch.setattr(tuner, "judge", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -198,7 +200,7 @@ def test_the_time_of_a_stopped_trial_counts(dataset, tmp_path, monkeypatch):
 
 
 def test_settings_that_do_not_go_together_are_a_failed_trial(dataset, tmp_path, monkeypatch):
-    def fussy(dataset, config, work, progress=False, *, first=True):
+    def fussy(dataset, config, work, progress=False, **rest):
         if config.systems["counts"].settings.max_gap > 3:
             raise ConfigError("too far")
         return judge(dataset, config, work)
@@ -222,6 +224,24 @@ def test_a_ranker_is_tuned_behind_the_run_s_retrieval(dataset, tmp_path):
     best = RunConfig.from_toml(tmp_path / "t" / "best.toml")
     assert [s.systems for s in best.stages] == [("counts",), ("dnn",)]
     assert not (tmp_path / "t" / "work").exists()
+    # As a run of its own would measure it, though the second trial collected no lessons of its own.
+    alone = train_cascade(dataset, best, tmp_path / "alone", progress=False)
+    assert alone.metrics["validation"]["ndcg@4"] == max(trial.score for trial in tuning.trials)
+
+
+def test_trials_write_no_run_and_make_nothing_twice(dataset, tmp_path, monkeypatch):
+    made = []
+    collected, prepare = build.collect, find("counts").cls.prepare
+    monkeypatch.setattr(build, "collect", lambda *a, **k: made.append("lessons") or collected(*a, **k))
+    monkeypatch.setattr(build, "save_run", lambda *a, **k: pytest.fail("a run was written"))
+    monkeypatch.setattr(find("counts").cls, "prepare", lambda self, view: made.append("counted") or prepare(self, view))
+    text = ALONE.format("counts") + "keep = 9\n[stages.ranking]\nsystems = ['dnn']\n[systems.dnn]\ndim = 4\nwidths = [4]\n"
+    arm = arm_of("dnn", "dim=4,8", text=f"[trainer]\nepochs = 1\n{text}")
+    tune(dataset, [arm], tmp_path / "t", budget=Budget(trials=1))
+    once = len(made)
+    made.clear()
+    tune(dataset, [arm], tmp_path / "other", budget=Budget(trials=4))
+    assert len(made) == once
 
 
 def test_command(tmp_path):
@@ -232,6 +252,9 @@ def test_command(tmp_path):
     assert said.err.count("best 0.") == 6
     assert "0 (defaults)" in said.out
     assert "Each arm had 3 trials" in said.out
+    following = shlex.split(said.out.split("Next: ")[1])
+    assert following[:5] == ["shortlist", "train", str(log[0]), "--items", str(log[2])]
+    succeeds(*following[1:-1], tmp_path / "next", "--quiet", "--no-report")
     found = json.loads((tmp_path / "tuned" / "tune.json").read_text())
     assert [arm["name"] for arm in found["arms"]] == ["counts", "popularity"]
     assert found["arms"][0]["space"]["counts.decay"] == "0.2 to 0.9"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from shortlist.cli._options import Json
+from shortlist.cli._options import Json, Threads
 
 
 def command(
@@ -25,6 +25,7 @@ def command(
         str | None, typer.Option(help="What the others are tested against; default: the first.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the table as JSON to this file.")] = None,
+    threads: Threads = None,
     json_: Json = False,
 ) -> None:
     """One table, means with intervals over users, paired tests against the first. All on the same requests.

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from shortlist.cli._options import Json, Quiet, Settings, called_as
+from shortlist.cli._options import Json, Quiet, Settings, Threads, called_as
 
 
 def command(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     settings: Settings = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train anew even if a run is there.")] = False,
+    threads: Threads = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from shortlist.cli._options import Json, RunFolder, called_as
+from shortlist.cli._options import Json, RunFolder, Threads, called_as
 
 
 def command(
@@ -25,6 +25,7 @@ def command(
         bool,
         typer.Option("--report", help="Also write RUN-report/report.html, with baselines and the validation window."),
     ] = False,
+    threads: Threads = None,
     json_: Json = False,
 ) -> None:
     """Quality with intervals, where held-out items were lost, and what each stage cost.

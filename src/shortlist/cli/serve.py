@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from shortlist.cli._options import Threads
+
 
 def command(
     run: Annotated[Path, typer.Argument(help="Folder that `shortlist train --out` wrote.")],
@@ -21,7 +23,8 @@ def command(
     deadline_ms: Annotated[
         float | None, typer.Option(help="Time after which no stage is waited for; default: wait.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="Requests worked on at once.")] = 8,
+    at_once: Annotated[int, typer.Option(help="Requests worked on at once; others wait.")] = 8,
+    threads: Threads = None,
 ) -> None:
     """Serve a trained run over HTTP until it is told to stop (Ctrl-C or SIGTERM).
 
@@ -29,7 +32,7 @@ def command(
     """
     from shortlist.serving.settings import ServerConfig, bind
 
-    config = ServerConfig(host=host, port=port, num_threads=threads)
+    config = ServerConfig(host=host, port=port, num_threads=at_once)
     folder = run.absolute()
     with bind(config) as listener:  # first, since a taken port should not cost the time that loading takes
         from shortlist.cascade.engine import Engine, EngineConfig

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from shortlist.cli._options import Json, LogOptions, Quiet, Settings, with_log
+from shortlist.cli._options import Json, LogOptions, Quiet, Settings, Threads, called_as, with_log
 
 
 @with_log
@@ -43,6 +43,7 @@ def command(
     minutes: Annotated[float | None, typer.Option(help="Minutes per system.")] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget the trials of an earlier search there.")] = False,
+    threads: Threads = None,
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -62,7 +63,7 @@ def command(
     )
     ranges = {**(read_ranges(space) if space else {}), **parse_ranges(range_ or ())}
     wanted = RunConfig.from_toml(config) if config else None
-    dataset, base = settle(log.open(), wanted, settings or ())
+    dataset, base = settle(log.open(config_roles=wanted.roles if wanted else None), wanted, settings or ())
     names = [name.strip() for given in system or () for name in given.split(",") if name.strip()]
     tuning = tune(
         dataset,
@@ -70,7 +71,7 @@ def command(
         out,
         budget=budget,
         seed=seed,
-        command=shlex.join(["shortlist", *sys.argv[1:]]),
+        command=called_as(),
         fresh=fresh,
         say=(lambda line: None) if quiet else (lambda line: typer.echo(line, err=True)),
         progress=not quiet and sys.stderr.isatty(),  # bars; as lines of a file they would hide the trials
@@ -78,4 +79,5 @@ def command(
     if json_:
         typer.echo(json.dumps(tuning.as_dict(), indent=1))
     else:
-        typer.echo(f"{table_text(tuning)}\n\nNext: shortlist train {log.source} --config {out / 'best.toml'} --out RUN")
+        following = shlex.join(["shortlist", "train", *log.typed(), "--config", str(out / "best.toml"), "--out", "RUN"])
+        typer.echo(f"{table_text(tuning)}\n\nNext: {following}")

@@ -10,8 +10,10 @@ import platform
 import re
 import shutil
 import sqlite3
+import statistics
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -69,6 +71,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
     threads = report["threads"]
     named = [f"{name}={value}" for name, value in threads["environment"].items()]
     yield f"threads   torch {threads['torch']} ({threads['torch_between']} between); {', '.join(named) or 'no variable is set'}"
+    yield "          a small training step: " + _steps_words(threads["step_ms"])
     yield "packages  " + ", ".join(f"{name} {version or 'MISSING'}" for name, version in report["packages"].items())
     for name, extra in report["extras"].items():
         there = ", ".join(f"{package} {version}" for package, version in extra["packages"].items() if version)
@@ -154,8 +157,48 @@ def _threads() -> dict[str, Any]:
     return {
         "torch": torch.get_num_threads(),
         "torch_between": torch.get_num_interop_threads(),
+        "step_ms": step_ms(sorted({1, torch.get_num_threads()})),
         "environment": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
     }
+
+
+def step_ms(counts: Sequence[int], steps: int = 40) -> dict[int, float]:
+    """Median time of a step of a small ranker (forward, backward, SGD) by number of threads; the number is put back.
+
+    The counts take turns, so that another process slows all of them alike.
+    """
+    before = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    x_BD = torch.randn(512, 64, generator=generator)
+    layers = [torch.randn(64, 64, generator=generator).mul_(0.1).requires_grad_() for _ in range(3)]
+    spent: dict[int, list[float]] = {count: [] for count in counts}
+    try:
+        for number in range(steps + 5):
+            for count in counts:
+                torch.set_num_threads(count)
+                began = time.perf_counter()
+                with torch.enable_grad():
+                    y_BD = x_BD
+                    for weight in layers:
+                        y_BD = torch.relu(y_BD @ weight)
+                    gradients = torch.autograd.grad(y_BD.square().mean(), layers)
+                for weight, gradient in zip(layers, gradients):
+                    weight.data.add_(gradient, alpha=-0.01)
+                if number >= 5:
+                    spent[count].append((time.perf_counter() - began) * 1e3)
+    finally:
+        torch.set_num_threads(before)
+    return {count: round(statistics.median(times), 3) for count, times in spent.items()}
+
+
+def _steps_words(measured: Mapping[Any, float]) -> str:
+    """How threads help now, and what to do where they do not."""
+    told = ", ".join(
+        f"{ms:.2f} ms with {count} thread{'s' if int(count) > 1 else ''}" for count, ms in measured.items()
+    )
+    best = min(measured, key=lambda count: measured[count])
+    helps = best == max(measured, key=int)
+    return told if helps else f"{told}; --threads {best} (or OMP_NUM_THREADS={best}) is faster for small models now"
 
 
 def _machine(hardware: Mapping[str, Any]) -> dict[str, Any]:

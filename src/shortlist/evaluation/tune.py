@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
-from shortlist.cascade.build import fingerprint, train_cascade
+from shortlist.cascade.build import fingerprint, train_unsaved
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.fitting import check_fits
 from shortlist.cascade.lessons import full_ranking_score, sample
+from shortlist.cascade.sharing import Shared
 from shortlist.data.dataset import Dataset
 from shortlist.errors import ConfigError
 from shortlist.evaluation.evidence import surroundings, write_json
@@ -256,13 +257,14 @@ def tune(
     trials = _open(out, dataset, arms, seed, fresh)
     if trials:
         say(f"{len(trials):,} finished trials found in {out}; the search goes on from there")
+    shared = Shared()  # a trial changes little: what it leaves alone is not made again
     progressed = True
     while progressed:
         progressed = False
         for arm in arms:
             mine = [trial for trial in trials if trial.arm == arm.name]
             if budget.allows(mine):
-                trial = _next(optuna, dataset, arm, mine, out / WORK, seed, progress)
+                trial = _next(optuna, dataset, arm, mine, out / WORK, seed, progress, shared)
                 _keep(out, trial)
                 trials.append(trial)
                 say(_line(trial, [*mine, trial], budget))
@@ -310,7 +312,14 @@ def table_text(tuning: Tuning, most: int = 10) -> str:
 
 
 def _next(
-    optuna: Any, dataset: Dataset, arm: Arm, trials: Sequence[Trial], work: Path, seed: int, progress: bool
+    optuna: Any,
+    dataset: Dataset,
+    arm: Arm,
+    trials: Sequence[Trial],
+    work: Path,
+    seed: int,
+    progress: bool,
+    shared: Shared,
 ) -> Trial:
     """The arm's next trial, run."""
     number = len(trials)
@@ -331,6 +340,7 @@ def _next(
             work / arm.name,
             progress,
             first=number == 0,
+            shared=shared,
         )
     except (ConfigError, Diverged) as failed:
         if number == 0:
@@ -389,11 +399,20 @@ def _distribution(optuna: Any, choice: Choice) -> Any:
     return kinds.FloatDistribution(choice.low, choice.high, log=choice.log)
 
 
-def judge(dataset: Dataset, config: RunConfig, work: Path, progress: bool = False, *, first: bool = True) -> float:
+def judge(
+    dataset: Dataset,
+    config: RunConfig,
+    work: Path,
+    progress: bool = False,
+    *,
+    first: bool = True,
+    shared: Shared | None = None,
+) -> float:
     """Validation NDCG@k of a run: of its page, which for a retriever alone is its full ranking.
 
     A single retriever that only counts is counted on what stands before the validation window and asked; all else is trained as a run is.
-    What the first trial trained is kept in `work`: what no trial changes, such as the retrieval before a ranker, is trained once.
+    What the first trial trained is kept in `work`: what no trial changes, such as the retrieval before a ranker, is trained once. What
+    only counts, and what rankers learn from, is kept in `shared`. Nothing else is written: a trial is measured, not served.
     """
     (only, *others) = config.systems.values()
     k = config.surface.k
@@ -404,12 +423,11 @@ def judge(dataset: Dataset, config: RunConfig, work: Path, progress: bool = Fals
             return full_ranking_score(system, dataset, asked, k)
     state = work / "run.training"
     kept = {path.name for path in state.glob("*")}
-    run = train_cascade(dataset, config, work / "run", progress=progress, keep_training=True)
+    run = train_unsaved(dataset, config, state, progress=progress, shared=shared)
     if not first:
         for path in state.glob("*"):
             if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
-    shutil.rmtree(work / "run", ignore_errors=True)
     return float(run.metrics["validation"][f"ndcg@{k}"])
 
 
