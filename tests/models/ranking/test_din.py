@@ -17,6 +17,8 @@ from shortlist.errors import ConfigError
 from shortlist.models.base import RequestShape
 from shortlist.models.ranking.din import DIN, ActivationUnit, DINConfig
 from shortlist.models.ranking.dnn import DNN, DNNConfig
+from shortlist.training.config import TrainerConfig
+from shortlist.training.optimisers import build_optimisers
 
 TINY = DINConfig(dim=8, unit_widths=(6,), widths=(16,), max_history=3, dropout=0.0, id_dropout=0.0)
 PAST = [[1, 2, 3, 4], [], [5, 5], [6]]
@@ -173,6 +175,45 @@ def test_regulariser_touches_the_rows_of_the_batch_by_their_counts(sparse):
         assert sorted(set(grad.coalesce().indices()[0].tolist())) == [2, 3, 4, 5]
 
 
+def test_plain_decay_does_not_look_at_the_counts():
+    """l2 * w_j on every known item read, whether seen four times or once."""
+    model = made(replace(TINY, mba=0, l2=0.3), rich_space())
+    model.prepare(view_of([2, 2, 2, 2, 3], model.space))
+    model.regulariser(rich_batch([[2, 3]], [[5]])).backward()
+    weight = model.items.ids.weight()
+    expected = torch.zeros(13, 8)
+    expected[[2, 3, 5]] = 0.3 * weight.detach()[[2, 3, 5]]
+    torch.testing.assert_close(weight.grad, expected)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_only_sparse_tables_leave_rows_of_earlier_batches_alone(sparse):
+    """Adam's moments go on moving a row of a dense table that the second batch does not read."""
+    model = made(replace(TINY, table=TableChoice(sparse=sparse)))
+    optimisers = build_optimisers(model, TrainerConfig(lr=0.1, optimiser="adam"))
+    before = []
+    for past, offered in (([1, 2], [3, 4]), ([5, 6], [7, 8])):
+        before.append(model.items.ids.weight().detach().clone())
+        model.zero_grad()
+        sum(model.losses(rich_batch([past], [offered], target=[1.0, 0])).values()).backward()
+        for optimiser in optimisers:
+            optimiser.step()
+    moved = (model.items.ids.weight() != before[1]).any(1)
+    assert moved[[5, 6, 7, 8]].all()
+    assert moved[[1, 2, 3, 4]].any() != sparse
+
+
+def test_the_released_code_s_unit():
+    """80 and 40 sigmoid units, and the tower keeps its own activation."""
+    model = made(replace(TINY, unit_widths=(80, 40), unit_activation="sigmoid"))
+    assert [type(layer).__name__ for layer in model.unit.mlp.layers] == ["Linear", "Sigmoid"] * 2 + ["Linear"]
+    assert any(type(layer).__name__ == "Dice" for layer in model.head.tower.mlp.layers)
+    batch = rich_batch(PAST, OFFERED)
+    state, rows = model.user_state(batch), batch.candidate_rows
+    items = rows.with_values(model.items(rows.values))
+    torch.testing.assert_close(model.interest(state, items), model.plain_interest(state, items), rtol=1e-5, atol=1e-5)
+
+
 def test_regulariser_is_part_of_the_loss():
     batch = rich_batch(PAST, OFFERED, target=[1.0, 0, 0, 1, 0, 1, 0, 0, 0])
     with_it, without = (made(replace(TINY, mba=mba)) for mba in (0.5, 0))
@@ -239,7 +280,15 @@ def test_cost_agrees_with_the_flop_counter(cross):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"dim": 0}, {"mba": -1}, {"unit_widths": ()}, {"weights": "max"}, {"pairs_at_once": 0}, {"id_dropout": 1.0}],
+    [
+        {"dim": 0},
+        {"mba": -1},
+        {"l2": -1},
+        {"unit_widths": ()},
+        {"weights": "max"},
+        {"pairs_at_once": 0},
+        {"id_dropout": 1.0},
+    ],
 )
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

@@ -39,8 +39,8 @@ from shortlist.data.schema import Space
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.fields import ItemEncoder
-from shortlist.layers.time_major import run_recurrent
 from shortlist.layers.scoring import CandidateHead, EventMarks, HeadConfig, dense_bytes, linear_flops
+from shortlist.layers.time_major import run_recurrent
 from shortlist.models.base import Cost, Losses, Ranker, RequestShape, Scores
 from shortlist.registry import system
 
