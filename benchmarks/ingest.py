@@ -1,14 +1,16 @@
-"""Events per second and peak memory from a file to histories on disk, by id type, beside plain pandas in the same run.
+"""Events per second and peak memory from a file to a data set, out of core and in memory, by id type, beside plain pandas.
 
     python benchmarks/ingest.py [--events 20000000] [--quick] [--no-wait] [--out benchmarks/results/ingest.json]
 
 Arms, each in a process of its own:
-    ingest    `shortlist.data.ingest`: out of core, Parquet to memory-mapped histories and vocabularies
-    memory    `read` and `encode_events`: all of the log in memory, with its checks
-    pandas    read, factorize both ids, sort by user and time, np.save: the least that gives comparable arrays
+    ingest         `shortlist.data.ingest`: out of core, Parquet to events, memory-mapped histories and vocabularies
+    memory         `read` and `encode_events`: all of the log in memory, with its checks
+    pandas         read, factorize both ids, sort by user and time, np.save: the least that gives comparable arrays
+    ingest-build   `build_dataset` on what the first arm wrote: what `train` then does
+    memory-build   `read` and `build_dataset`: what `train` does without it
 
 Memory is what the process holds of its own at its highest, less what it holds after its imports, stated in bytes and in multiples of
-one int64 column of the log. Goals on 2 idle cores: integer ids 1 M events/s, text ids 0.5 M events/s.
+one int64 column of the log. Goals on 2 idle cores, for the first arm: integer ids 1 M events/s, text ids 0.5 M events/s.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +31,7 @@ import numpy as np
 import polars as pl
 
 RESULT = Path(__file__).parent / "results" / "ingest.json"
-ARMS = ("ingest", "memory", "pandas")
+ARMS = ("ingest", "memory", "pandas", "ingest-build", "memory-build")
 KINDS = ("integer", "text")
 GOAL = {"integer": 1e6, "text": 0.5e6}
 COLUMN_BYTES = 8
@@ -51,7 +54,23 @@ def run_ingest(path: Path, folder: Path) -> int:
     """Out of core."""
     from shortlist.data.ingest import ingest
 
-    return ingest(path, folder / "ingested").histories.num_events
+    return ingest(path, path.with_suffix(".folder")).histories.num_events
+
+
+def run_ingest_build(path: Path, folder: Path) -> int:
+    """What is cut and encoded from the folder that the first arm wrote."""
+    from shortlist.data.dataset import build_dataset
+    from shortlist.data.ingested import Ingested
+
+    return build_dataset(Ingested.load(path.with_suffix(".folder"))).histories.num_events
+
+
+def run_memory_build(path: Path, folder: Path) -> int:
+    """The same from the file."""
+    from shortlist.data.dataset import build_dataset
+    from shortlist.data.log import read
+
+    return build_dataset(read(path)).histories.num_events
 
 
 def run_memory(path: Path, folder: Path) -> int:
@@ -118,8 +137,11 @@ def work(arm: str, path: Path) -> dict[str, float]:
     """One arm in this process."""
     import importlib
 
-    runs = {"ingest": run_ingest, "memory": run_memory, "pandas": run_pandas}
-    for module in ("pandas",) if arm == "pandas" else ("shortlist.data.ingest", "shortlist.data.encode"):
+    runs = {
+        "ingest": run_ingest, "memory": run_memory, "pandas": run_pandas, "ingest-build": run_ingest_build,
+        "memory-build": run_memory_build,
+    }  # fmt: skip
+    for module in ("pandas",) if arm == "pandas" else ("shortlist.data.ingest", "shortlist.data.dataset"):
         importlib.import_module(module)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, PeakMemory() as memory:
         began, began_cpu = time.perf_counter(), time.process_time()
@@ -136,9 +158,9 @@ def main() -> None:
     """Measure all arms and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=20_000_000)
-    parser.add_argument("--quick", action="store_true", help="300,000 events; the result is not written")
+    parser.add_argument("--quick", action="store_true", help="300,000 events; nothing is written unless --out is given")
     parser.add_argument("--no-wait", action="store_true", help="do not wait for another measurement to end")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--log", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -146,7 +168,8 @@ def main() -> None:
         print(json.dumps(work(given.arm, given.log)))
         return
 
-    from shortlist.evaluation.evidence import machine_lock, surroundings, write_json
+    from shortlist.evaluation.benchmarks import record
+    from shortlist.evaluation.evidence import machine_lock
 
     num_events = 300_000 if given.quick else given.events
     load = os.getloadavg()[0]
@@ -162,20 +185,14 @@ def main() -> None:
                 figures = json.loads(done.stdout.splitlines()[-1])
                 results[kind][arm] = figures
                 print(
-                    f"{kind:8} {arm:7} {figures['seconds']:6.2f} s  {figures['events_per_s'] / 1e6:5.2f} M events/s  "
+                    f"{kind:8} {arm:12} {figures['seconds']:6.2f} s  {figures['events_per_s'] / 1e6:5.2f} M events/s  "
                     f"({figures['events_per_cpu_s'] / 1e6:.2f} M per CPU second)  {figures['peak_columns']:5.1f} columns of memory"
                 )
             path.unlink()
-    if not given.quick:
-        met = {kind: results[kind]["ingest"]["events_per_s"] >= GOAL[kind] for kind in KINDS}
-        about = {
-            "name": "ingest",
-            "events": num_events,
-            "load_before": load,
-            "goal_events_per_s": GOAL,
-            "goal_met": met,
-        }
-        write_json(given.out, {**about, "by_id_type": results, **surroundings()})
+            shutil.rmtree(path.with_suffix(".folder"))
+    met = {kind: results[kind]["ingest"]["events_per_s"] >= GOAL[kind] for kind in KINDS}
+    about = {"events": num_events, "load_before": load, "goal_events_per_s": GOAL, "goal_met": met}
+    record(RESULT, {**about, "by_id_type": results}, quick=given.quick, out=given.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A catalogue of 1,000,000 items: seconds, peak memory and recall of evaluating 1,000 requests, exactly and by index, and of counting.
 
-    python benchmarks/large_catalogue.py [--items 1000000] [--requests 1000] [--dim 64] [--arms exact ivf hnsw] [--note TEXT]
+    python benchmarks/large_catalogue.py [--items 1000000] [--requests 1000] [--dim 64] [--arms exact ivf hnsw] [--quick] [--out FILE]
 
 The log is generated: a user keeps to a few groups of near items, drawn by Zipf's law. Item vectors are planted (group centres, noise,
 lengths that differ), and a user's vector is the mean of the latest items' vectors, so a search finds something and its neighbourhoods are
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ from shortlist.data.dataset import Dataset, build_dataset
 from shortlist.data.jagged import segment_mean
 from shortlist.data.log import read
 from shortlist.data.schema import Space
+from shortlist.evaluation.benchmarks import record
 from shortlist.evaluation.evaluate import evaluate
-from shortlist.evaluation.evidence import surroundings, write_json
+from shortlist.evaluation.evidence import machine_lock
 from shortlist.evaluation.runs import evaluate_counted
 from shortlist.models.base import Cost, RequestShape, VectorRetriever
 from shortlist.registry import system
@@ -173,19 +175,24 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=ARMS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", default="", help="what else the machine was doing")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument(
+        "--quick", action="store_true", help="20,000 items, 100 requests; nothing is written unless --out is given"
+    )
+    parser.add_argument("--no-wait", action="store_true", help="do not wait for another measurement to end")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--arm", nargs=2, metavar=("FOLDER", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
         print(json.dumps(arm(Path(options.arm[0]), options.arm[1], options.requests, options.threads)))
         return
-    with tempfile.TemporaryDirectory() as folder:
+    if options.quick:
+        options.items, options.requests = 20_000, 100
+    lock = nullcontext() if options.no_wait or options.quick else machine_lock()
+    with tempfile.TemporaryDirectory() as folder, lock:
         began = time.perf_counter()
         make(Path(folder), options.items, options.dim)
         print(f"data made in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         settings = {key: getattr(options, key) for key in ("items", "requests", "dim", "threads", "note")}
-        command = f"python benchmarks/large_catalogue.py --items {options.items} --requests {options.requests} --dim {options.dim}"
-        content = {"name": "large_catalogue", "command": command, "settings": settings, "limit_gib": LIMIT_GIB}
         arms: list[dict[str, Any]] = []
         for name in options.arms:
             own = [sys.executable, __file__, "--arm", folder, name]
@@ -195,7 +202,8 @@ def main() -> None:
                 sys.exit(f"{name} failed:\n{done.stderr}")
             arms.append(json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(arms[-1]), file=sys.stderr, flush=True)
-            write_json(options.out, content | {"arms": arms} | surroundings())  # a later arm may be stopped
+            figures = {"settings": settings, "limit_gib": LIMIT_GIB, "arms": arms}
+            record(RESULT, figures, quick=options.quick, out=options.out)  # a later arm may be stopped
 
 
 if __name__ == "__main__":
