@@ -12,8 +12,9 @@ ICLR 2026, arXiv 2510.22049 (no public code; read through its appendices, its ab
 Differences from the paper, and what is reconstructed:
 1. R, the newest `num_recent` events as raw tokens beside the summary, is ours: the remedy for summaries that lag behind. In training a
    summary leaves out up to `max_lag` newest events at random, so that stage 2 knows such summaries. `num_recent=0, max_lag=0` is the paper.
-2. The reconstruction error is divided by the size of its targets and their gradient is stopped (the paper's text is not known to say):
-   shrinking the embeddings gains nothing. M events are a window at a random place of the history.
+2. The reconstruction error is divided by the size of its targets, and no gradient goes through the decoder's events (the paper's text is
+   not known to say): shrinking the embeddings gains nothing. On that scale a weight of 1 drowns the task, so it is 0.1, where the
+   paper has 1 on the plain square. M events are a window at a random place of the history.
 3. Norms, gates, the sum divided by n, depth of the decoder (one block) and where norms stand are reconstructed.
 4. User-item pair fields are read, and the loss is a softmax over a request's candidates unless `head.loss = "bce"`, the paper's.
 5. The age of an event, if marked, is counted from the newest event of its summary: a kept summary can not know when it will be read.
@@ -87,8 +88,8 @@ class VISTAConfig:
     """Newest events that a summary may lack in training: 0 up to this many, drawn per request; 0 = none, as in the paper."""
     recency: Recency = "position"
     """Mark past events by place from the end (position) or hours before the newest (gap) of what is summarised; or not at all (none)."""
-    reconstruction: float = 1.0
-    """Weight of the reconstruction loss; 0 = none."""
+    reconstruction: float = 0.1
+    """Weight of the reconstruction loss, which is 1 for a decoder that says nothing; 0 = none."""
     num_reconstructed: int = 32
     """Consecutive events per request that the decoder must tell from the summary; at least 2."""
     head_epochs: int = 0
@@ -234,6 +235,8 @@ class Decoder(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.ffn = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
         self.predict = nn.Linear(width, width)
+        for p in self.predict.parameters():
+            nn.init.zeros_(p)  # embeddings begin small: any other start would be wrong by hundreds of times their size
 
     def forward(self, z_BKD: Tensor, event_BMD: Tensor, is_real_BM: Tensor) -> Tensor:
         """The loss, a scalar: squared error of events 2..M over their own squares, so 1 is what zeros would get.
@@ -243,6 +246,7 @@ class Decoder(nn.Module):
             is_real_BM: False for filling.
         """
         num_tokens, M = z_BKD.shape[1], event_BMD.shape[1]
+        event_BMD = event_BMD.detach()  # the loss is to shape summaries, not what they are made of
         x_BTD = torch.cat([z_BKD, event_BMD + self.places.weight[:M]], dim=1)
         q, k, v = (
             x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
@@ -252,7 +256,7 @@ class Decoder(nn.Module):
         x_BTD = x_BTD + self.out(mixed_BHTd.transpose(1, 2).reshape(x_BTD.shape))
         x_BTD = x_BTD + self.ffn(self.norm_ffn(x_BTD))
         told_BMD = self.predict(self.norm_out(x_BTD[:, num_tokens:-1]))
-        is_next_BM1, next_BMD = is_real_BM[:, 1:, None], event_BMD[:, 1:].detach()
+        is_next_BM1, next_BMD = is_real_BM[:, 1:, None], event_BMD[:, 1:]
         error = ((told_BMD - next_BMD).square() * is_next_BM1).sum()
         return error / (next_BMD.square() * is_next_BM1).sum().clamp(min=1e-12)
 
