@@ -156,12 +156,12 @@ def softmax_attention(
     if bias.position is not None or bias.time is not None or not blocks.is_plain:
         return softmax_attention_reference(q_SHd, k_THd, v_THe, sequences, bias, alpha=alpha)
     q_Hcd, k_Hcd, v_Hce = blocks.of_queries(q_SHd), blocks.of_keys(k_THd), blocks.of_keys(v_THe)
-    parts = []
+    parts: list[Tensor] = []
     # Zeros stand after the real positions, where a causal mask hides them.
     for R, longest, _ in blocks.shapes:
         first = sum(part.shape[1] for part in parts)
-        cells = (x[:, first : first + R * longest].unflatten(1, (R, longest)) for x in (q_Hcd, k_Hcd, v_Hce))
-        part_HRLe = scaled_dot_product_attention(*cells, is_causal=True, scale=alpha)
+        q, k, v = (x[:, first : first + R * longest].unflatten(1, (R, longest)) for x in (q_Hcd, k_Hcd, v_Hce))
+        part_HRLe = scaled_dot_product_attention(q, k, v, is_causal=True, scale=alpha)
         parts.append(part_HRLe.flatten(1, 2))
     return blocks.to_queries(torch.cat(parts, dim=1)) if parts else v_THe
 
@@ -170,18 +170,31 @@ class _Tables:
     """The bias of a block from the two tables, and the tables' gradients from those of its scores."""
 
     def __init__(self, position: Tensor | None, time: Tensor | None, blocks: Blocks) -> None:
-        self.position, self.time, self.blocks = position, time, blocks
+        self.position, self.blocks = position, blocks
         self.lanes = None if time is None else time.repeat(LANES)
-        self.d_position = None if position is None else torch.zeros_like(position)
+        self.num_buckets = 0 if time is None else len(time)
         self.d_lanes = None if self.lanes is None else torch.zeros_like(self.lanes)
+        self.d_position = None if position is None else torch.zeros_like(position)
+        self.by_distance: Tensor | None = None
+        if position is not None and blocks.counts_up:
+            # Entry of each distance that occurs, so that a tile's rows are this table moved by one.
+            longest = max((shape[1] for shape in blocks.shapes), default=1)
+            reach = (len(position) - 1) // 2
+            self.entry = torch.arange(1 - longest, longest, device=position.device).clamp(-reach, reach) + reach
+            self.by_distance = position.index_select(0, self.entry)
+            self.d_distance = torch.zeros_like(self.by_distance)
+            self.distances = torch.arange(len(self.entry), device=position.device)
 
     def put(self, block: Block, out_rtk: Tensor) -> bool:
         """Write rab of a block into `out_rtk`; False where there are no tables."""
         if self.lanes is not None:
             torch.index_select(self.lanes, 0, self._lane_index(block), out=out_rtk.view(-1))
         if self.position is not None:
-            apart = self.blocks.apart(block, (len(self.position) - 1) // 2)
-            part = self.position.index_select(0, apart.view(-1)).view(apart.shape)
+            if self.by_distance is not None:
+                part = _moved(self.by_distance, block)
+            else:
+                apart = self.blocks.apart(block, (len(self.position) - 1) // 2)
+                part = self.position.index_select(0, apart.view(-1)).view(apart.shape)
             if self.lanes is None:
                 out_rtk.copy_(part)
             else:
@@ -192,22 +205,24 @@ class _Tables:
         """Add to the tables' gradients what those of a block's scores, summed over heads, give."""
         if self.d_lanes is not None:
             self.d_lanes += torch.bincount(self._lane_index(block), grad_rtk.view(-1), len(self.d_lanes))
-        if self.d_position is not None:
+        if self.by_distance is not None:
+            distance_tk = _moved(self.distances, block)
+            self.d_distance += torch.bincount(distance_tk.view(-1), grad_rtk.sum(0).view(-1), len(self.distances))
+        elif self.d_position is not None:
             apart = self.blocks.apart(block, (len(self.d_position) - 1) // 2)
-            sums = grad_rtk.sum(0) if len(apart) == 1 else grad_rtk
-            self.d_position += torch.bincount(apart.view(-1), sums.view(-1), len(self.d_position))
+            self.d_position += torch.bincount(apart.view(-1), grad_rtk.view(-1), len(self.d_position))
 
-    @property
-    def d_time(self) -> Tensor | None:
-        """Gradient of the time table."""
-        return None if self.d_lanes is None else self.d_lanes.view(LANES, -1).sum(0)
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of the position table and of the time table, once all blocks are added."""
+        if self.by_distance is not None and self.d_position is not None:
+            self.d_position.index_add_(0, self.entry, self.d_distance)
+        return self.d_position, None if self.d_lanes is None else self.d_lanes.view(LANES, -1).sum(0)
 
     def _lane_index(self, block: Block) -> Tensor:
         """int32 [r * t * k]: entry of each pair in the copies of the time table."""
-        assert self.time is not None
-        bucket_rtk = self.blocks.buckets(block, len(self.time))
+        bucket_rtk = self.blocks.buckets(block, self.num_buckets)
         lane_k = torch.arange(block.num_keys, device=bucket_rtk.device, dtype=torch.int32).remainder_(LANES)
-        return bucket_rtk.add_(lane_k.mul_(len(self.time))).view(-1)
+        return bucket_rtk.add_(lane_k.mul_(self.num_buckets)).view(-1)
 
 
 class _Blocked(torch.autograd.Function):
@@ -269,11 +284,21 @@ class _Blocked(torch.autograd.Function):
                 blocks.queries(block, dq, head).copy_(torch.bmm(d_score_rtk, k_rkd))
                 blocks.keys(block, dk, head).add_(torch.bmm(d_score_rtk.transpose(1, 2), q_rtd))
                 if not is_last:
-                    total_rtk = work.take(3, block).copy_(d_score_rtk) if total_rtk is None else total_rtk.add_(d_score_rtk)
+                    total_rtk = (
+                        work.take(3, block).copy_(d_score_rtk) if total_rtk is None else total_rtk.add_(d_score_rtk)
+                    )
             if has_bias:
                 tables.add_gradients(block, score_rtk if total_rtk is None else total_rtk.add_(score_rtk))
         of_qk = blocks.to_queries(dq.mul_(alpha)), blocks.to_keys(dk.mul_(alpha))
-        return (*of_qk, blocks.to_keys(dv), tables.d_position, tables.d_time, None, None, None)
+        return (*of_qk, blocks.to_keys(dv), *tables.gradients(), None, None, None)
+
+
+def _moved(by_distance: Tensor, block: Block) -> Tensor:
+    """[t, k] from one value per distance key - query, of which there are as many on either side of 0: a copy of moved rows."""
+    t = block.queries.stop - block.queries.start
+    # The last query's row comes first in memory, each row before it begins one entry later.
+    first = len(by_distance) // 2 - (block.queries.stop - 1)
+    return by_distance.as_strided((t, block.num_keys), (1, 1), first).contiguous().flip(0)
 
 
 class _Work:

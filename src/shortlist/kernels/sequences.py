@@ -79,7 +79,7 @@ class BucketTable(NamedTuple):
 def bucket_table(num_buckets: int, device: torch.device) -> BucketTable:
     """The table that gives what `time_bucket` gives, without a logarithm per pair."""
     number = torch.arange(num_buckets + 1)
-    guess = (number * TIME_BASE).exp().clamp(max=INT32_MAX).long()
+    guess = (number.double() * TIME_BASE).exp().clamp(max=INT32_MAX).long()
     # The smallest whole number of seconds in each bucket, by the definition itself.
     near = guess[:, None] + torch.arange(-1, 3)
     starts_after = time_bucket(near, num_buckets + 1) < number[:, None]
@@ -174,7 +174,9 @@ class Blocks:
         first_B.scatter_reduce_(0, row, when, "amin", include_self=False)
         since = when - first_B[row]
         self.in_int32 = not len(since) or int(since.max()) < INT32_MAX
-        since_S, since_T = since.to(torch.int32 if self.in_int32 else torch.int64).to(self.device).split([len(row_S), len(row_T)])
+        since_S, since_T = (
+            since.to(torch.int32 if self.in_int32 else torch.int64).to(self.device).split([len(row_S), len(row_T)])
+        )
         self.query_time = self._split_rows(self.query.pad(since_S), 1)
         self.key_time = self._split_rows(self.key.pad(since_T), 2)
 
@@ -238,15 +240,10 @@ class Blocks:
         return torch.arange(block.num_keys, device=self.device) >= visible_rt[:, :, None]
 
     def apart(self, block: Block, reach: int) -> Tensor:
-        """int32 [r, t, num_keys]: entry of a table of relative positions -reach..reach. r = 1 where it is the same for all sequences."""
-        if self.counts_up:
-            here = torch.arange(block.queries.start, block.queries.stop, device=self.device, dtype=torch.int32)
-            apart = torch.arange(block.num_keys, device=self.device, dtype=torch.int32) - here[None, :, None]
-        else:
-            query_rt = self.query_position[block.class_number][block.rows, block.queries]
-            key_rk = self.key_position[block.class_number][block.rows, : block.num_keys]
-            apart = (key_rk[:, None] - query_rt[:, :, None]).clamp(-reach, reach).int()
-        return apart.clamp_(-reach, reach).add_(reach)
+        """int32 [r, t, num_keys]: entry of a table of relative positions -reach..reach, key's less query's."""
+        query_rt = self.query_position[block.class_number][block.rows, block.queries]
+        key_rk = self.key_position[block.class_number][block.rows, : block.num_keys]
+        return (key_rk[:, None] - query_rt[:, :, None]).clamp_(-reach, reach).add_(reach).int()
 
     def buckets(self, block: Block, num_buckets: int) -> Tensor:
         """int32 [r, t, num_keys]: time bucket of each pair; found once for all layers while KEPT_BUCKETS lasts."""
@@ -256,10 +253,8 @@ class Blocks:
         query_rt = self.query_time[block.class_number][block.rows, block.queries]
         key_rk = self.key_time[block.class_number][block.rows, : block.num_keys]
         seconds = query_rt[:, :, None] - key_rk[:, None]
-        if self.in_int32:
-            found = _looked_up(seconds, bucket_table(num_buckets, self.device))
-        else:
-            found = time_bucket(seconds, num_buckets).int()
+        table = bucket_table(num_buckets, self.device) if self.in_int32 else None
+        found = time_bucket(seconds, num_buckets).int() if table is None else _looked_up(seconds, table)
         if num_buckets <= 256 and self._num_kept < KEPT_BUCKETS:
             kept[block.number] = found.to(torch.uint8)
             self._num_kept += found.numel()
@@ -280,7 +275,7 @@ class _Cells(NamedTuple):
 
     cell: Tensor
     """int64: cell of each value that has one."""
-    index: Tensor | None
+    values: Tensor | None
     """int64: which values these are; None = all, in order."""
     num_cells: int
     num_values: int
@@ -293,17 +288,17 @@ class _Cells(NamedTuple):
 
     def pad(self, x: Tensor, dim: int = 0) -> Tensor:
         """[..., num_cells, ...] from values [..., total, ...] with their number in `dim`; zeros elsewhere."""
-        x = x if self.index is None else x.index_select(dim, self.index)
+        x = x if self.values is None else x.index_select(dim, self.values)
         shape = (*x.shape[:dim], self.num_cells, *x.shape[dim + 1 :])
         return x.new_zeros(shape).index_copy_(dim, self.cell, x)
 
     def unpad(self, cells: Tensor, dim: int) -> Tensor:
         """Values [..., total, ...] from cells, zeros where a value has none."""
         found = cells.index_select(dim, self.cell)
-        if self.index is None:
+        if self.values is None:
             return found
         shape = (*found.shape[:dim], self.num_values, *found.shape[dim + 1 :])
-        return found.new_zeros(shape).index_copy_(dim, self.index, found)
+        return found.new_zeros(shape).index_copy_(dim, self.values, found)
 
 
 def _ceil(length_B: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch.nn.functional import silu
 
 from shortlist.errors import ConfigError
 from shortlist.kernels.hstu_attention import RelativeBias, Sequences, hstu_attention, softmax_attention
+from shortlist.layers.dropout import Dropout
 
 Variant = Literal["research", "production"]
 Attention = Literal["pointwise", "softmax"]
@@ -93,7 +94,7 @@ class HSTUBlock(nn.Module):
         self.norm_out = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=is_production)
         self.project = nn.Linear(dim, 2 * width + 2 * self.heads * self.d, bias=is_production)
         self.out = nn.Linear(width * (3 if is_production else 1), dim, bias=not is_production)
-        self.dropout = nn.Dropout(config.block_dropout)
+        self.dropout = Dropout(config.block_dropout)
         if is_production:
             nn.init.xavier_uniform_(self.project.weight)
             nn.init.zeros_(self.project.bias)

@@ -32,6 +32,7 @@ from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.kernels.hstu_attention import Sequences
 from shortlist.layers.counting import popularity_order
+from shortlist.layers.dropout import Dropout
 from shortlist.layers.factors import beside_popularity
 from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.hstu import HSTUBlockConfig, HSTUStack
@@ -141,7 +142,7 @@ class HSTU(VectorRetriever):
         has_actions = config.use_actions and len(space.actions) > 1
         self.actions = nn.Embedding(len(space.actions) + 1, config.dim) if has_actions else None
         self.places = nn.Embedding(config.max_history, config.dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.stack = HSTUStack(config.dim, config.max_history, config.layers, has_clock=space.has_clock)
         # Cosine has its own norm.
         self.norm = nn.Identity() if config.normalise else nn.LayerNorm(config.dim)
