@@ -9,7 +9,7 @@ R requests, E events of all histories, t candidates of all requests end to end, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,8 @@ def _histories(events: pl.DataFrame, items: pl.DataFrame) -> tuple[Histories, Fi
     listed = codes["attributes"].fill_null([])
     words = listed.explode().drop_nulls()
     names = words.unique().sort()
+    if not len(names):
+        return histories, FieldTable(len(codes) + 1)
     code = words.replace_strict(names, pl.Series(range(1, len(names) + 1)), return_dtype=pl.Int64)
     lengths = torch.from_numpy(np.append(0, listed.list.len().to_numpy()).astype(np.int64))
     column = Jagged.from_lengths(torch.from_numpy(code.to_numpy().copy()), lengths)
@@ -289,6 +291,7 @@ def trained(
     training: Training,
     seed: int,
     *,
+    use_fields: bool = True,
     change: Callable[[Ranker], None] | None = None,
     after_epoch: Callable[[Ranker], None] | None = None,
 ) -> tuple[Ranker, TrainReport]:
@@ -296,13 +299,16 @@ def trained(
 
     Args:
         name: registered name.
+        use_fields: let it see the items' attributes.
         change: applied to the system before training.
         after_epoch: sees the system after every epoch, before the validation.
     """
-    entry, best = find(name), None
+    entry, best, space = find(name), None, world.space
+    if not use_fields:
+        space = replace(space, items=FieldTable(space.items.num_rows))
     for lr in training.lrs:
         torch.manual_seed(seed)
-        system = entry.cls(entry.config({"max_history": training.max_history, **settings}), world.space)
+        system = entry.cls(entry.config({"max_history": training.max_history, **settings}), space)
         if change is not None:
             change(system)
 
@@ -411,8 +417,52 @@ def with_auxiliary(system: Ranker) -> None:
     system.prepare, system.losses = prepare, losses  # type: ignore[method-assign]
 
 
+def changed_minds(num_users: int, *, num_groups: int = 20, per_group: int = 10, length: int = 10) -> World:
+    """Users whose interest moves once, at a random place, from one group of items to another; offered is an item of each, the new one wins.
+
+    How much of either a past holds says nothing on average: only its order does. Items have no attributes.
+    """
+    rng = np.random.default_rng(0)
+    pair = rng.random((num_users, num_groups)).argsort(1)[:, :2]
+    is_new = np.arange(length) >= rng.integers(2, length - 1, (num_users, 1))
+    group = np.concatenate([np.where(is_new, pair[:, 1:], pair[:, :1]), pair], axis=1)
+    item = group * per_group + rng.integers(0, per_group, group.shape)
+    place = np.arange(length)
+    events = pl.DataFrame(
+        {
+            "user_id": np.repeat(np.arange(num_users), length),
+            "item_id": item[:, :length].ravel(),
+            "time": 86_400 * np.tile(place, num_users),
+            "group": np.arange(num_users * length),
+            "action": np.ones(num_users * length, dtype=np.int64),
+        }
+    )
+    nothing = pl.Series([[] for _ in range(num_groups * per_group)], dtype=pl.List(pl.String))
+    items = pl.DataFrame({"item_id": np.arange(num_groups * per_group), "attributes": nothing})
+    histories, table = _histories(events, items)
+    user = np.arange(1, num_users + 1)
+    none = np.zeros(0, dtype=np.int64)
+    requests = Requests(
+        user=user,
+        time=np.full(num_users, 86_400 * length),
+        start=histories.offsets[user],
+        end=histories.offsets[user + 1],
+        target_offsets=np.zeros(num_users + 1, dtype=np.int64),
+        target=none,
+        target_value=none.astype(np.float32),
+    )
+    turn = rng.random((num_users, 1)) < 0.5
+    offered = np.where(turn, item[:, length:], item[:, : length - 1 : -1]) + 1
+    label = torch.from_numpy(np.concatenate([~turn, turn], 1).astype(np.float32)).flatten()
+    rows = Jagged.from_lengths(torch.from_numpy(offered.ravel()), torch.full((num_users,), 2))
+    part = np.digitize(rng.random(num_users), [0.7, 0.8])
+    parts = [_kept(requests, rows, label, part == p) for p in range(3)]
+    is_training = np.repeat(part == 0, length)
+    return _world(histories, table, is_training, parts, actions=("event",), has_clock=True)
+
+
 def planted_films(num_users: int = 300, num_items: int = 200, length: int = 40) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Users who like 3 of 20 groups of films and, with chance 0.1, anything else; for the quick form."""
+    """Users who like 6 of 20 groups of films, one label in ten turned; for the quick form."""
     rng = np.random.default_rng(0)
     item = rng.integers(0, num_items, (num_users, length))
     liked_groups = rng.random((num_users, 20)).argsort(1) < 6
@@ -437,4 +487,4 @@ def planted_purchases(num_users: int = 600, num_items: int = 200, length: int = 
 
 
 def _named_items(num_items: int) -> pl.DataFrame:
-    return pl.DataFrame({"item_id": np.arange(num_items), "attributes": [[str(i % 7)] for i in range(num_items)]})
+    return pl.DataFrame({"item_id": np.arange(num_items), "attributes": [[str(i % 20)] for i in range(num_items)]})
