@@ -430,16 +430,15 @@ class VISTA(Ranker):
 
     def _lacks(self, batch: Batch, time_B: Tensor) -> tuple[Tensor, Tensor]:
         """How many events of the batch come after `time_B`, int64 [B], and whether they are too many or the first too long ago."""
-        rows = batch.history.items
+        rows, time_E = batch.history.items, batch.history.time
         row_E = rows.row_of_value
-        is_new_E = batch.history.time > time_B[row_E]
-        count_B = torch.zeros_like(time_B).index_add(0, row_E, is_new_E.long())
-        first_B = batch.time.index_reduce(0, row_E[is_new_E], batch.history.time[is_new_E], "amin")
-        late_B = (
-            (batch.time - first_B > self.config.max_stale_days * DAY)
-            if self.space.has_clock
-            else torch.zeros_like(count_B, dtype=torch.bool)
-        )
+        count_B = torch.zeros_like(time_B).index_add(0, row_E, (time_E > time_B[row_E]).long())
+        late_B = torch.zeros_like(count_B, dtype=torch.bool)
+        if self.space.has_clock and len(time_E):
+            first_B = time_E[
+                (rows.offsets[1:] - count_B).clamp(max=len(time_E) - 1)
+            ]  # times rise, so the new ones stand last
+            late_B = (count_B > 0) & (batch.time - first_B > self.config.max_stale_days * DAY)
         return count_B, (count_B > self.config.max_stale_events) | late_B
 
     # -- training ----------------------------------------------------------------------------------------------------
