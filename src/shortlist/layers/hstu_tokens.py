@@ -180,6 +180,9 @@ class ActionEncoder(nn.Module):
         self.bits = nn.Parameter(torch.randn(num_actions, 2, BIT_DIM))
         self.hidden = nn.Linear(num_actions * BIT_DIM, dim)
         self.out = nn.Linear(dim, dim)
+        # As small as item vectors begin: larger ones would drown them in the layers' norms.
+        nn.init.normal_(self.out.weight, std=0.02)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, acted_EA: Tensor) -> Tensor:
         """float32 [E, D] for bool [E, A]."""

@@ -12,9 +12,9 @@ Generative training, the first phase, learns at all positions of one sequence pe
 ("actions", interleaved tokens: exactly what scoring a candidate at that moment would compute), else the next item ("next").
 
 Differences from the paper:
-1. The candidate's output goes through the tower of the other rankers, with pair fields, and beside it stand the item, the products
-   of item with output and with the user's last output, and the score that the "next" objective gives the item: what the first phase
-   learned need not be learned again. Losses are per task; the weighting of tasks is the trainer's.
+1. The candidate's output goes through the tower of the other rankers, with pair fields; beside it stand the item, and the products
+   of item with output and with the user's last output. A learned part of the score that the "next" objective gives the item is
+   added: what the first phase learned need not be learned again. Losses are per task; the weighting of tasks is the trainer's.
 2. One item stands once in a group, with all that was done to it; in "actions" only the first item of a group is asked about, since the
    others were met together with it.
 3. An item's outcome is asked at its own time, an action's token at the next event's: both are known when they are asked.
@@ -225,9 +225,11 @@ class HSTURanker(Ranker):
         self.time_of_day = TimeOfDay(dim) if config.time_of_day else None
         self.objective = NextItemLoss(config.objective, space, has_fields=bool(self.items.num_fields))
         seen = space.with_pairs(()) if config.learning == "generative" else space
-        self.head = CandidateHead(seen, dim, 4 * dim + 1, config.head, table=config.table)
+        self.head = CandidateHead(seen, dim, 4 * dim, config.head, table=config.table)
         self.outcomes = _outcomes(config, space)
         self.predicts = _predicts(config, space, self.outcomes)
+        starts_from_match = config.learning == "both" and self.predicts == "next"
+        self.match_gain = nn.Parameter(torch.full((len(space.tasks),), float(starts_from_match)))
 
     @property
     def reads_time(self) -> bool:
@@ -304,8 +306,8 @@ class HSTURanker(Ranker):
         item_tD = self.items(rows.values)
         output_tD = self.outputs(state, rows.with_values(self.tokens.candidates(item_tD)))
         request_t = rows.row_of_value
-        side_tV = self._side(item_tD, output_tD, state.user_BD[request_t], state.time_B[request_t])
-        return self.head(state.request_BW, candidates, side_tV)
+        user_tD, time_t = state.user_BD[request_t], state.time_B[request_t]
+        return self._logits(state.request_BW, candidates, item_tD, output_tD, user_tD, time_t)
 
     def outputs(self, state: HSTUState, token: Jagged) -> Tensor:
         """The stack's output [t, D] at tokens behind each history that do not see each other, `micro_batch` per request at a time."""
@@ -341,12 +343,22 @@ class HSTURanker(Ranker):
         y_tD, _ = self.stack(self.dropout(x_tD), sequences, state.known)
         return self.norm(y_tD)
 
-    def _side(self, item_tD: Tensor, output_tD: Tensor, user_tD: Tensor, time_t: Tensor) -> Tensor:
-        """float32 [t, 4 D + 1]: what the tower reads of a candidate, but for its pair fields."""
+    def _logits(
+        self,
+        request_BW: Tensor,
+        candidates: Candidates,
+        item_tD: Tensor,
+        output_tD: Tensor,
+        user_tD: Tensor,
+        time_t: Tensor,
+    ) -> Scores:
+        """Logits [t] per task: the tower's, and a learned part of the score that the next-item objective gives."""
         if self.time_of_day is not None:
             output_tD = self.time_of_day(output_tD, time_t)
-        match_t = (self.objective.query(user_tD) * self.objective.vectors(item_tD)).sum(1, keepdim=True)
-        return torch.cat([item_tD, output_tD, item_tD * output_tD, item_tD * user_tD, match_t], dim=1)
+        side_tV = torch.cat([item_tD, output_tD, item_tD * output_tD, item_tD * user_tD], dim=1)
+        logits = self.head(request_BW, candidates, side_tV)
+        match_t = (self.objective.query(user_tD) * self.objective.vectors(item_tD)).sum(1)
+        return {task: logits[task] + gain * match_t for task, gain in zip(logits, self.match_gain, strict=True)}
 
     # -- learning ----------------------------------------------------------------------------------------------------
 
@@ -401,7 +413,7 @@ class HSTURanker(Ranker):
         item_tD = self.items(past.items.values[asked])
         before_tD = y_TD[(token_t - 1).clamp(min=0)]
         starts_t = token_t == state.offsets_B1[row_t]
-        side_tV = self._side(item_tD, y_TD[token_t], before_tD.masked_fill(starts_t[:, None], 0), past.time_E[asked])
+        before_tD = before_tD.masked_fill(starts_t[:, None], 0)
         rows = Jagged.from_lengths(past.items.values[asked], torch.bincount(row_t, minlength=past.num_requests))
         nothing = item_tD.new_zeros(len(asked))
         pair = {field.name: nothing for field in self.space.pair_fields}
@@ -410,7 +422,9 @@ class HSTURanker(Ranker):
             for task, actions in self.outcomes.items()
             if actions
         }
-        return self.head(state.request_BW, Candidates(rows=rows, pair=pair), side_tV), labels
+        candidates = Candidates(rows=rows, pair=pair)
+        logits = self._logits(state.request_BW, candidates, item_tD, y_TD[token_t], before_tD, past.time_E[asked])
+        return logits, labels
 
     def _next_loss(self, batch: Batch) -> Tensor:
         targets = batch.targets
