@@ -8,7 +8,14 @@ import torch
 
 from next_item_support import next_events, view_of
 from shortlist.data.jagged import Jagged
-from shortlist.layers.cloze import draw_masks, hide, whole_sequences, with_mask_behind
+from shortlist.layers.cloze import (
+    draw_masks,
+    draw_segments,
+    hide,
+    random_prefixes,
+    whole_sequences,
+    with_mask_behind,
+)
 
 BASKETS = [[[1], [2], [3, 4]], [[9]], [[5, 6, 6], [7]], []]
 
@@ -96,3 +103,68 @@ def test_nothing_is_fine():
     whole = whole_sequences(batch.history, batch.targets)
     cloze = hide(whole, draw_masks(whole, 0.2, 0.1))
     assert len(cloze.rows.values) == len(cloze.targets.position) == 0
+
+
+# --- prefixes and segments, for S3-Rec ---
+
+
+def sequences_of(users: list[list[list[int]]]):
+    batch = next_events(view_of(users, 30))
+    return whole_sequences(batch.history, batch.targets)
+
+
+def test_prefixes_start_at_the_start_and_end_after_a_group():
+    torch.manual_seed(0)
+    users = [[[1], [2, 3], [4], [5]], [[9]], [[6], [7, 8]]]
+    allowed = {(1,), (1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 5), (6,), (6, 7, 8)}
+    seen = set()
+    for _ in range(30):
+        prefixes = random_prefixes(sequences_of(users), 2, 50)
+        assert prefixes.rows.num_rows == 4  # two of each user that has a next event
+        rows = [tuple(row) for row in rows_of(prefixes.rows)]
+        assert all(row[0] == 1 for row in rows[:2])
+        assert all(row[0] == 6 for row in rows[2:])
+        seen |= set(rows)
+        opens = prefixes.opens.tolist()
+        groups = prefixes.group.tolist()
+        assert groups == list(np.cumsum(opens) - 1)
+    assert seen == allowed
+
+
+def test_long_prefixes_keep_their_newest_events():
+    torch.manual_seed(0)
+    prefixes = random_prefixes(sequences_of([[[i] for i in range(1, 11)]]), 40, 3)
+    for row in rows_of(prefixes.rows):
+        assert len(row) <= 3
+        assert row == list(range(row[-1] - len(row) + 1, row[-1] + 1))
+
+
+def test_segments_are_whole_groups_of_at_most_half():
+    torch.manual_seed(0)
+    sequences = sequences_of([[[1], [2, 3], [4], [5]], [[6], [7, 8]]])
+    seen = set()
+    for _ in range(200):
+        first, second = draw_segments(sequences).split(sequences.rows.lengths.tolist())
+        seen.add(tuple(first.long().tolist()))
+        assert tuple(second.long().tolist()) in {(1, 0, 0), (0, 1, 1)}
+    assert seen == {
+        (1, 0, 0, 0, 0),
+        (0, 1, 1, 0, 0),
+        (0, 0, 0, 1, 0),
+        (0, 0, 0, 0, 1),
+        (1, 1, 1, 0, 0),
+        (0, 1, 1, 1, 0),
+        (0, 0, 0, 1, 1),
+    }
+
+
+def test_one_group_has_no_segment():
+    torch.manual_seed(0)
+    prefixes = random_prefixes(sequences_of([[[1, 2], [3]]]), 50, 2)
+    single = [
+        row
+        for row, part in zip(rows_of(prefixes.rows), draw_segments(prefixes).split(prefixes.rows.lengths.tolist()))
+        if not part.any()
+    ]
+    assert [1, 2] in single
+    assert all(row == [1, 2] for row in single)

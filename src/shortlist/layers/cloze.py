@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shortlist.data.batches import History, NextTargets
 from shortlist.data.jagged import Jagged
@@ -55,6 +55,40 @@ def whole_sequences(history: History, targets: NextTargets) -> Sequences:
     lengths_B = torch.bincount(owner, minlength=items.num_rows)
     rows = Jagged.from_lengths(torch.cat([items.values, last.values])[order].to(device), lengths_B)
     return Sequences(rows, opens.long().cumsum(0) - 1, opens)
+
+
+def random_prefixes(sequences: Sequences, per_user: int, max_events: int) -> Sequences:
+    """So many prefixes of each user, each ending after a random group, and of each the newest `max_events` events.
+
+    Users without events have none: the result has at most B * per_user rows. Uses torch's global generator.
+    """
+    rows, device = sequences.rows, sequences.rows.values.device
+    groups_B = torch.bincount(rows.row_of_value[sequences.opens], minlength=rows.num_rows)
+    user_R = (groups_B > 0).nonzero()[:, 0].repeat_interleave(per_user)
+    first_B = groups_B.cumsum(0) - groups_B
+    kept_R = (torch.rand(len(user_R), dtype=torch.float64, device=device) * groups_B[user_R]).long() + 1
+    opening_G = nn.functional.pad(sequences.opens.nonzero()[:, 0], (0, 1), value=len(rows.values))
+    stop_R = opening_G[first_B[user_R] + kept_R]
+    start_R = torch.maximum(rows.offsets[:-1][user_R], stop_R - max_events)
+    cut = Jagged.from_lengths(torch.empty(int((stop_R - start_R).sum()), device=device), stop_R - start_R)
+    index = start_R[cut.row_of_value] + cut.position_of_value
+    opens = sequences.opens[index] | (cut.position_of_value == 0)
+    return Sequences(cut.with_values(rows.values[index]), opens.long().cumsum(0) - 1, opens)
+
+
+def draw_segments(sequences: Sequences) -> Tensor:
+    """bool [total]: a stretch of whole groups in each row, of 1 to half of them; none in rows with one group.
+
+    Uses torch's global generator.
+    """
+    rows = sequences.rows
+    owner_G = rows.row_of_value[sequences.opens]
+    groups_B = torch.bincount(owner_G, minlength=rows.num_rows)
+    chance_2B = torch.rand(2, rows.num_rows, dtype=torch.float64, device=owner_G.device)
+    length_B = ((chance_2B[0] * (groups_B // 2)).long() + 1) * (groups_B > 1)
+    begin_B = (chance_2B[1] * (groups_B - length_B + 1)).long() + groups_B.cumsum(0) - groups_B
+    row_T = rows.row_of_value
+    return (sequences.group >= begin_B[row_T]) & (sequences.group < (begin_B + length_B)[row_T])
 
 
 def draw_masks(sequences: Sequences, share: float, last_share: float) -> Tensor:

@@ -154,7 +154,9 @@ def test_the_output_bias_starts_at_log_counts():
     log = np.log([1, 4, 3, 1])
     expected = log - log.mean()
     np.testing.assert_allclose(model.bias.start_N[1:5].numpy(), expected, rtol=1e-5)
-    assert model.bias.start_N[5:].tolist() == pytest.approx([expected.min()] * 2)  # nothing tells of items without events
+    assert model.bias.start_N[5:].tolist() == pytest.approx(
+        [expected.min()] * 2
+    )  # nothing tells of items without events
     described = make(planted_view())
     assert described.bias.start_N[1:].mean() == pytest.approx(0, abs=1e-6)
 
@@ -202,10 +204,10 @@ def test_a_batch_without_supervision_or_history_costs_nothing(loss):
     ("settings", "epochs", "share"),
     [
         ({"loss": "full_softmax"}, 50, 0.9),
-        ({"loss": "full_softmax", "norm": "pre-ln"}, 50, 0.9),
+        ({"loss": "full_softmax", "norm": "post-ln"}, 50, 0.9),
         ({"loss": "sampled_softmax", "num_negatives": 10}, 60, 0.6),  # ten of thirty items: slower
     ],
-    ids=["full", "pre-ln", "sampled"],
+    ids=["full", "post-ln", "sampled"],
 )
 def test_recovers_planted_transitions(settings, epochs, share):
     view, next_of = walks()

@@ -3,7 +3,7 @@
 B users, total = all tokens of the batch end to end, P masked positions, n items (matrices have n + 1 rows), D width.
 
     H0 = dropout(LN(item + position)), the item being [mask] where it is hidden               input
-    X  = LN(X + MHA(X)); X = LN(X + FFN(X)), all positions read all others, L blocks          encoder_block.py
+    X  = LN(X + MHA(X)); X = LN(X + FFN(X)), all positions read all others, L blocks          encoder_block.py, norm = "post-ln"
     Z  = LN(gelu(W H + b)) at masked positions; score of item i = Z . e_i + b_i, e_i the input's own table     head
     loss = cross-entropy over all items, mean over the masked positions                       next_item.py
 
@@ -16,6 +16,7 @@ as long, .158 (Petrov & Macdonald, RecSys 2022). What makes a step cheap here: n
 computed at masked positions alone.
 
 Differences from the paper:
+- a block normalises what it reads (norm = "pre-ln") unless told otherwise, since training has no warm-up;
 - a group of events (a basket) is hidden as a whole and one mask stands for it, whose targets are all its items, so that none is
   predicted from the others;
 - new masks are drawn at every step in place of ten copies drawn once; hidden items are always [mask], as in the authors' code;
@@ -68,8 +69,9 @@ class BERT4RecConfig(NextItemConfig):
     """Share dropped of embeddings and block outputs in training; 0.2 for dense logs, 0.5 for sparse ones."""
     attention_dropout: float = 0.0
     """Share of attention weights dropped in training; the paper's is 0.2. Slow on CPU."""
-    norm: NormPlace = "post-ln"
-    """post-ln as in BERT; pre-ln normalises what a block reads instead of what it gives."""
+    norm: NormPlace = "pre-ln"
+    """post-ln as in BERT and the paper; pre-ln normalises what a block reads instead of what it gives, and bears learning rates of
+    2e-3 and more, at which post-ln without a warm-up stands still."""
     output_bias: bool = True
     """One learned number per item beside the inner product; it carries popularity. Cosine scores (normalise) exclude it."""
     use_fields: bool = True
