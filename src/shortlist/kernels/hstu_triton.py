@@ -14,8 +14,8 @@ import math
 from typing import Any
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from shortlist.kernels.sequences import TIME_BASE, Sequences
@@ -26,7 +26,7 @@ TABLE_COPIES = 64
 
 
 @triton.jit
-def _bucket(seconds, thresholds, num_buckets):  # type: ignore[no-untyped-def]
+def _bucket(seconds, thresholds, num_buckets):
     """floor(ln(max(|seconds|, 1)) / 0.301), exact: an estimate in float32, set right by the whole seconds at which buckets begin."""
     magnitude = tl.maximum(tl.abs(seconds), 1)
     guess = (tl.log(magnitude.to(tl.float32)) * (1.0 / 0.301)).to(tl.int32)
@@ -37,7 +37,7 @@ def _bucket(seconds, thresholds, num_buckets):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scores(  # type: ignore[no-untyped-def]
+def _scores(
     q_Md,
     k_Nd,
     own_M,
@@ -79,7 +79,7 @@ def _scores(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _forward(  # type: ignore[no-untyped-def]
+def _forward(
     q,
     k,
     v,
@@ -163,7 +163,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _slope(score_MN, sees_MN, back_Me, v_NE, inverse):  # type: ignore[no-untyped-def]
+def _slope(score_MN, sees_MN, back_Me, v_NE, inverse):
     """Gradient of the scores: what comes back through V, times SiLU's derivative."""
     sigma_MN = tl.sigmoid(score_MN)
     through_MN = tl.dot(back_Me, tl.trans(v_NE), input_precision="ieee") * inverse
@@ -171,7 +171,7 @@ def _slope(score_MN, sees_MN, back_Me, v_NE, inverse):  # type: ignore[no-untype
 
 
 @triton.jit
-def _backward_queries(  # type: ignore[no-untyped-def]
+def _backward_queries(
     q,
     k,
     v,
@@ -267,7 +267,7 @@ def _backward_queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _backward_keys(  # type: ignore[no-untyped-def]
+def _backward_keys(
     q,
     k,
     v,
