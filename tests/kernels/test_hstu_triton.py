@@ -23,7 +23,7 @@ def test_the_kernels_agree_in_a_process_of_their_own():
     if DEVICE == "cpu":
         environment["TRITON_INTERPRET"] = "1"
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
+        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(Path(__file__))],
         env=environment,
         capture_output=True,
         text=True,
