@@ -225,6 +225,15 @@ def test_dates_are_days_and_pictures_are_bytes():
     assert picture.encode(pl.Series([b"\x89PNG1", None])).lengths.tolist() == [5, 0]
 
 
+@pytest.mark.parametrize("count", [3, 70_000])
+def test_raw_text_is_its_utf8_bytes(count):
+    words = [None if i % 5 == 4 else "é" * (i % 4) + str(i) for i in range(count)]
+    text = FittedField(name="title", side="item", column="title", kind="Text", why="").encode(pl.Series(words))
+    wanted = [(word or "").encode() for word in words]
+    assert text.lengths.tolist() == [len(piece) for piece in wanted]
+    assert bytes(text.values.numpy()) == b"".join(wanted)
+
+
 @pytest.mark.parametrize(
     ("column", "why"),
     [

@@ -333,7 +333,7 @@ def build_dataset(log: Log, config: DataConfig | None = None) -> Dataset:
     user_ids, events, plan = user_ids.reordered(users), events.reordered(users), _reordered(plan, events, users)
 
     training = plan.window_of_event == 0
-    num_users = int(np.count_nonzero(np.diff(events.histories.keep(training).offsets)))
+    num_users = int(np.count_nonzero(np.bincount(events.histories.user_of_event[training])))
     known_items = np.zeros(len(item_ids) + 1, dtype=bool)
     known_items[events.histories.item[training]] = True
     schema, item_frame, user_frame = infer_schema(log, config.context, events, training, item_ids, user_ids)

@@ -218,9 +218,12 @@ def _as_lists(values: pl.Series) -> pl.Series:
 
 
 def _bytes(values: pl.Series) -> Jagged:
-    pieces: Sequence[bytes] = [
-        piece if isinstance(piece, bytes) else str(piece).encode() if piece is not None else b""
-        for piece in values.to_list()
-    ]
-    lengths = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
-    return Jagged.from_lengths(torch.from_numpy(np.frombuffer(b"".join(pieces), dtype=np.uint8).copy()), lengths)
+    if values.dtype == pl.Binary:
+        blobs: Sequence[bytes] = [blob or b"" for blob in values.to_list()]
+        lengths, flat = torch.tensor([len(blob) for blob in blobs], dtype=torch.int64), b"".join(blobs)
+    else:
+        text = values.cast(pl.String).fill_null("")
+        lengths = torch.from_numpy(text.str.len_bytes().to_numpy().astype(np.int64))
+        # One string of polars holds 4 GB.
+        flat = b"".join(part.to_series().str.join("")[0].encode() for part in text.to_frame().iter_slices(1 << 16))
+    return Jagged.from_lengths(torch.from_numpy(np.frombuffer(flat, dtype=np.uint8).copy()), lengths)

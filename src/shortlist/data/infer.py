@@ -79,17 +79,18 @@ def infer_schema(
 
     Raises DataError where a context column is no single value.
     """
-    past, row = events.histories.keep(training), events.row[training]
+    row = events.row[training]
+    item, user = events.histories.item[training], events.histories.user_of_event[training]
     open_columns = [name for name in log.events.columns if name not in {*CANONICAL, *label_columns(log), *context}]
     items, users, outcomes = _with_event_columns(
         _in_row_order(item_ids, log.items, "item_id"),
         _in_row_order(user_ids, log.users, "user_id"),
-        pl.DataFrame({_ITEM: past.item, _USER: past.user_of_event, _GROUP: past.group}).with_columns(
+        pl.DataFrame({_ITEM: item, _USER: user, _GROUP: events.histories.group[training]}).with_columns(
             column_of(log.events, name, row) for name in open_columns
         ),
     )
-    known_items = items[np.flatnonzero(np.bincount(past.item)) - 1]
-    known_users = users[np.flatnonzero(np.diff(past.offsets)) - 1]
+    known_items = items[np.flatnonzero(np.bincount(item)) - 1]
+    known_users = users[np.flatnonzero(np.bincount(user)) - 1]
     known_context = pl.DataFrame({name: column_of(log.events, name, row) for name in context})
     item_fields, unused_i = fit_fields(known_items, "item", items.columns[1:])
     user_fields, unused_u = fit_fields(known_users, "user", users.columns[1:])

@@ -46,7 +46,7 @@ class UniformSampler:
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """See Sampler.draw."""
-        return self.rows[torch.randint(len(self.rows), shape, generator=generator, device=self.rows.device)]
+        return _at(self.rows, torch.randint(len(self.rows), shape, generator=generator, device=self.rows.device))
 
     def draw_distinct(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """`count` different rows, int64 [count]; all of them, in random order, where there are no more."""
@@ -84,7 +84,8 @@ class PopularitySampler:
 
     def log_q(self, rows: Tensor) -> Tensor:
         """See Sampler.log_q; -inf for rows that are never drawn."""
-        return self.cumulative_N.diff(prepend=self.cumulative_N.new_zeros(1))[rows].log().float()
+        below = torch.where(rows > 0, _at(self.cumulative_N, (rows - 1).clamp(min=0)), 0.0)
+        return (_at(self.cumulative_N, rows) - below).log().float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,12 @@ class InBatchSampler:
 
     def log_q(self, rows: Tensor) -> Tensor:
         """See Sampler.log_q."""
-        return self.log_share_N[rows]
+        return _at(self.log_share_N, rows)
+
+
+def _at(values_N: Tensor, index: Tensor) -> Tensor:
+    """values_N[index] for an index of any shape, in a fraction of the time that brackets take."""
+    return values_N.index_select(0, index.reshape(-1)).reshape(index.shape)
 
 
 def mixed_log_expected(parts: list[tuple[int, Tensor]]) -> Tensor:
