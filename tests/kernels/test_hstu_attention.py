@@ -35,10 +35,12 @@ def sequences_of(lengths: list[int], times: Tensor | None = None) -> Sequences:
 
 def random_case(rng: np.random.Generator, lengths: list[int], *, general: bool, span: int = 10**8) -> Sequences:
     """With `general`, some of each sequence's keys are candidates, some come from a cache, and places are anything."""
-    length_B = torch.tensor(lengths)
-    num_candidates_B = torch.tensor([int(rng.integers(0, n + 1)) if general else 0 for n in lengths])
+    length_B = torch.tensor(lengths, dtype=torch.int64)
+    num_candidates_B = torch.tensor([int(rng.integers(0, n + 1)) if general else 0 for n in lengths], dtype=torch.int64)
     num_history_B = length_B - num_candidates_B
-    cached_B = torch.tensor([int(rng.integers(0, n + 1)) if general else 0 for n in num_history_B.tolist()])
+    cached_B = torch.tensor(
+        [int(rng.integers(0, n + 1)) if general else 0 for n in num_history_B.tolist()], dtype=torch.int64
+    )
     keys = Jagged.from_lengths(torch.zeros(sum(lengths)), length_B)
     queries = Jagged.from_lengths(torch.zeros(int((length_B - cached_B).sum())), length_B - cached_B)
     T, S = len(keys.values), len(queries.values)
