@@ -62,7 +62,7 @@ def model_of(size: Size) -> HSTURanker:
         dim=size.dim,
         tokens=size.tokens,  # type: ignore[arg-type]
         max_history=size.history + 1,
-        block=block,
+        layers=block,
         micro_batch=size.micro_batch,
     )
     known = torch.arange(NUM_ITEMS + 1) > 0

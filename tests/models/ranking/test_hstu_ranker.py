@@ -20,21 +20,21 @@ from shortlist.models.ranking.hstu_ranker import PRODUCTION, HSTURanker, HSTURan
 
 BLOCK = HSTUBlockConfig(num_blocks=2, num_heads=2, block_dropout=0.0)
 HEAD = HeadConfig(widths=(16,), dropout=0.0, id_dropout=0.0, activation="relu")
-TINY = HSTURankerConfig(dim=8, max_history=6, block=BLOCK, head=HEAD, dropout=0.0, id_dropout=0.0, micro_batch=2)
+TINY = HSTURankerConfig(dim=8, max_history=6, layers=BLOCK, head=HEAD, dropout=0.0, id_dropout=0.0, micro_batch=2)
 INTERLEAVED = replace(TINY, tokens="interleaved", positive_actions=("like",))
 SMALL_PRODUCTION = replace(
     HSTURankerConfig(**PRODUCTION),
     dim=8,
     max_history=6,
     micro_batch=2,
-    block=replace(PRODUCTION["block"], num_blocks=2, num_heads=2, qk_dim=3, v_dim=5),
+    layers=replace(PRODUCTION["layers"], num_blocks=2, num_heads=2, qk_dim=3, v_dim=5),
 )
 FORMS = {
     "merged": TINY,
     "interleaved": INTERLEAVED,
     "prefix": replace(TINY, prefix=True, value_buckets=4),
     "interleaved prefix": replace(INTERLEAVED, prefix=True),
-    "production layer": replace(TINY, block=replace(BLOCK, variant="production", qk_dim=3, v_dim=5)),
+    "production layer": replace(TINY, layers=replace(BLOCK, variant="production", qk_dim=3, v_dim=5)),
     "production": SMALL_PRODUCTION,
 }
 ACTIONS = ("view", "like", "buy")
@@ -228,7 +228,7 @@ def test_only_the_newest_events_are_read():
 def test_the_request_s_time_is_read_and_not_where_there_is_no_clock():
     batch = rich()
     for form, reads in (("merged", True), ("interleaved", True), ("production", True), ("no time", False)):
-        config = FORMS.get(form, replace(TINY, block=replace(BLOCK, time_bias=False)))
+        config = FORMS.get(form, replace(TINY, layers=replace(BLOCK, time_bias=False)))
         model = made(config)
         now, later = (
             score_of(model, events(batch, [(0, slice(None))], later=after), [OFFERED[0]]) for after in (1, 10**7)
@@ -514,7 +514,7 @@ def test_a_history_beyond_the_window_is_cut_with_its_positions():
 LEARNER = HSTURankerConfig(
     dim=16,
     max_history=20,
-    block=HSTUBlockConfig(block_dropout=0.0),
+    layers=HSTUBlockConfig(block_dropout=0.0),
     head=HeadConfig(widths=(32,), dropout=0.0),
     dropout=0.0,
     id_dropout=0.0,
@@ -633,9 +633,9 @@ def test_same_seed_same_model():
 @pytest.mark.parametrize("form", ["merged", "interleaved", "prefix", "production layer", "production"])
 def test_cost_agrees_with_the_flop_counter(form):
     """Wide layers and a short history: kernels may or may not compute what the mask drops, which is little here."""
-    block = replace(FORMS[form].block, qk_dim=16, v_dim=16, num_heads=2)
+    block = replace(FORMS[form].layers, qk_dim=16, v_dim=16, num_heads=2)
     model = made(
-        replace(FORMS[form], dim=32, max_history=30, block=block, micro_batch=4, head=replace(HEAD, widths=(32,)))
+        replace(FORMS[form], dim=32, max_history=30, layers=block, micro_batch=4, head=replace(HEAD, widths=(32,)))
     )
     shape = RequestShape(num_history=20, num_candidates=4)
     batch = rich([[1 + i % 12 for i in range(20)]], [[1, 2, 3, 4]])
@@ -667,7 +667,7 @@ def test_cost_agrees_with_the_flop_counter(form):
         ({"learning": "all"}, "learning"),
         ({"generative": "actions"}, "merged ones show the outcome"),
         ({"places_from_end": True}, "learning"),
-        ({"block": HSTUBlockConfig(num_blocks=0)}, "num_blocks"),
+        ({"layers": HSTUBlockConfig(num_blocks=0)}, "num_blocks"),
         ({"head": HeadConfig(pair_bins=-1)}, "head.pair_bins"),
         ({"objective": NextItemConfig(temperature=0)}, "temperature"),
     ],
@@ -693,7 +693,7 @@ def test_settings_that_the_log_can_not_serve_are_refused(settings, space, named)
 
 def test_the_production_form_is_a_config():
     config = HSTURankerConfig(**PRODUCTION)
-    assert (config.block.num_blocks, config.block.qk_dim, config.dim) == (5, 128, 512)
+    assert (config.layers.num_blocks, config.layers.qk_dim, config.dim) == (5, 128, 512)
     model = made(SMALL_PRODUCTION)
     assert model.stack.blocks[0].position_bias is None
     assert model.stack.blocks[0].time_bias is None

@@ -18,7 +18,7 @@ Differences from the paper:
 2. One item stands once in a group, with all that was done to it; in "actions" only the first item of a group is asked about, since the
    others were met together with it.
 3. An item's outcome is asked at its own time, an action's token at the next event's: both are known when they are asked.
-4. The research code ranks nothing; the layer's forms are `block.variant`, and PRODUCTION is the authors' ranking example. A context field
+4. The research code ranks nothing; the layer's forms are `layers.variant`, and PRODUCTION is the authors' ranking example. A context field
    is one table or map per field; the weights of an action's bits are shared by all layers.
 
 B requests, E events, T tokens of histories, S of them new, t candidates, F prefix tokens, k tokens of an event, A actions, L layers,
@@ -78,7 +78,7 @@ class HSTURankerConfig:
     asked for its outcome."""
     max_history: int = 200
     """Newest events read per request."""
-    block: HSTUBlockConfig = HSTUBlockConfig()  # noqa: RUF009  (frozen)
+    layers: HSTUBlockConfig = HSTUBlockConfig()  # noqa: RUF009  (frozen)
     """The layers."""
     dropout: float = 0.2
     """Share of token values dropped in training."""
@@ -137,7 +137,7 @@ class HSTURankerConfig:
                 "hstu-ranker: places_from_end and time_to_request count from one request, a generative phase has many; "
                 'set learning = "candidates"'
             )
-        self.block.check("hstu-ranker", self.dim)
+        self.layers.check("hstu-ranker", self.dim)
         self.head.check("hstu-ranker")
         self.objective.check_objective("hstu-ranker", sparse=self.table.sparse)
 
@@ -151,7 +151,7 @@ PRODUCTION: Mapping[str, Any] = {
     "time_to_request": True,
     "time_of_day": True,
     "dropout": 0.2,
-    "block": HSTUBlockConfig(
+    "layers": HSTUBlockConfig(
         variant="production",
         num_blocks=5,
         num_heads=4,
@@ -195,7 +195,7 @@ class HSTUState(NamedTuple):
         "max_history": 10,
         "dropout": 0.0,
         "micro_batch": 4,
-        "block": HSTUBlockConfig(num_blocks=1, block_dropout=0.0),
+        "layers": HSTUBlockConfig(num_blocks=1, block_dropout=0.0),
         "head": HeadConfig(widths=(16,), dropout=0.0),
     },
 )
@@ -217,7 +217,7 @@ class HSTURanker(Ranker):
         self.num_prefix = len(self.user_prefix.fields) + len(self.context_prefix.fields)
         length = self.num_prefix + self.tokens.per_event * config.max_history + 1
         self.dropout = nn.Dropout(config.dropout)
-        self.stack = HSTUStack(dim, length, config.block, has_clock=space.has_clock)
+        self.stack = HSTUStack(dim, length, config.layers, has_clock=space.has_clock)
         if not space.has_clock and (config.time_to_request or config.time_of_day):
             raise ConfigError("hstu-ranker: time_to_request and time_of_day need times, which this log lacks")
         self.marks = RequestMarks(dim, length if config.places_from_end else 0, reads_time=config.time_to_request)
@@ -235,7 +235,7 @@ class HSTURanker(Ranker):
     def reads_time(self) -> bool:
         """Whether any part of the model depends on times."""
         config = self.config
-        return self.space.has_clock and (config.block.time_bias or config.time_to_request or config.time_of_day)
+        return self.space.has_clock and (config.layers.time_bias or config.time_to_request or config.time_of_day)
 
     @property
     def remembers(self) -> bool:
@@ -468,7 +468,7 @@ class HSTURanker(Ranker):
         """Once: the layers over all history tokens; `cached`: over the last event's, the only ones that a memory lacks. Per candidate:
         one token through the layers, over all keys of the history, and the tower. Norms, biases and look-ups are not counted.
         """
-        config, block = self.config, self.config.block
+        config, block = self.config, self.config.layers
         num_past, k = min(shape.num_history, config.max_history), self.tokens.per_event
         length = self.num_prefix + k * num_past
         token = linear_flops(self.stack)
