@@ -45,7 +45,7 @@ def test_activation_unit_by_hand():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", ["none", "softmax", "sigmoid"])
+@pytest.mark.parametrize("weights", ["none", "softmax", "sigmoid", "uniform"])
 def test_interest_by_hand(weights):
     """The unit gives the product of first coordinates; past items are 1, 2 and the candidate 1.3: outputs 1.3 and 2.6."""
     config = replace(TINY, dim=4, unit_widths=(1,), activation="relu", weights=weights)
@@ -65,13 +65,14 @@ def test_interest_by_hand(weights):
         "none": 1.3 * 1 + 2.6 * 2,
         "softmax": (a * 1 + b * 2) / (a + b),
         "sigmoid": 1 / (1 + math.exp(-1.3)) + 2 / (1 + math.exp(-2.6)),
+        "uniform": 1.5,
     }
     assert found[0].tolist() == pytest.approx([expected[weights], 0, 0, 0], rel=1e-5)
     assert found[1].tolist() == [0, 0, 0, 0]  # no history: nothing, not NaN
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", ["softmax", "none", "sigmoid"])
+@pytest.mark.parametrize("weights", ["softmax", "none", "sigmoid", "uniform"])
 @pytest.mark.parametrize("pairs_at_once", [1, 5, 1_000_000])
 def test_fast_attention_agrees_with_the_plain_one(weights, pairs_at_once):
     config = replace(TINY, weights=weights, pairs_at_once=pairs_at_once, recency="position", unit_widths=(6, 5))
@@ -262,9 +263,9 @@ def test_same_seed_same_model():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cross", [True, False])
-def test_cost_agrees_with_the_flop_counter(cross):
-    model = made(replace(TINY, max_history=30, unit_widths=(12, 6), widths=(32, 16), cross=cross))
+@pytest.mark.parametrize(("cross", "weights"), [(True, "softmax"), (False, "none"), (False, "uniform")])
+def test_cost_agrees_with_the_flop_counter(cross, weights):
+    model = made(replace(TINY, max_history=30, unit_widths=(12, 6), widths=(32, 16), cross=cross, weights=weights))
     shape = RequestShape(num_history=20, num_candidates=40)
     batch = rich_batch([[1 + i % 12 for i in range(20)]], [[1 + i % 12 for i in range(40)]])
     with FlopCounterMode(display=False) as user:

@@ -50,7 +50,7 @@ from shortlist.layers.towers import MLP, Activation, Norm
 from shortlist.models.base import Cost, Losses, Ranker, RequestShape, Scores
 from shortlist.registry import system
 
-Weights = Literal["softmax", "none", "sigmoid"]
+Weights = Literal["softmax", "none", "sigmoid", "uniform"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +64,8 @@ class DINConfig:
     widths: tuple[int, ...] = (128, 64)
     """Hidden widths of the tower."""
     weights: Weights = "softmax"
-    """How the units' outputs become weights: softmax over the history (released code), none (the paper), or sigmoid each."""
+    """How the units' outputs become weights: softmax over the history (released code), none (the paper), or sigmoid each. uniform is the
+    mean of the past, without attention: what to compare with, everything else being equal."""
     activation: Activation = "dice"
     """Of the tower and, where it has none of its own, of the activation unit."""
     unit_activation: Activation | None = None
@@ -126,9 +127,9 @@ class DINConfig:
             raise ConfigError("din: unit_widths must name at least one hidden width")
         if not 0 <= self.id_dropout < 1:
             raise ConfigError(f"din: id_dropout must be from 0 to below 1, got {self.id_dropout}")
-        if self.weights not in ("softmax", "none", "sigmoid") or self.loss not in ("softmax", "bce"):
+        if self.weights not in ("softmax", "none", "sigmoid", "uniform") or self.loss not in ("softmax", "bce"):
             raise ConfigError(
-                "din: weights must be softmax, none or sigmoid and loss softmax or bce, "
+                "din: weights must be softmax, none, sigmoid or uniform and loss softmax or bce, "
                 f"got weights={self.weights!r}, loss={self.loss!r}"
             )
 
@@ -245,7 +246,10 @@ class DIN(Ranker):
 
     def _interest(self, state: DINState, item_BCD: Tensor, is_item_BC: Tensor) -> Tensor:
         is_pair_BLC = state.is_real_BL[:, :, None] & is_item_BC[:, None, :]
-        output_BLC = self.unit(item_BCD, state.past_BLD, is_pair_BLC)
+        if self.config.weights == "uniform":
+            output_BLC = state.past_BLD.new_zeros(is_pair_BLC.shape)
+        else:
+            output_BLC = self.unit(item_BCD, state.past_BLD, is_pair_BLC)
         return self._weights(output_BLC, is_pair_BLC).transpose(1, 2) @ state.past_BLD
 
     def _weights(self, output_BLC: Tensor, is_pair_BLC: Tensor) -> Tensor:
@@ -267,6 +271,8 @@ class DIN(Ranker):
         for item_D, row in zip(items.values, items.row_of_value.tolist()):
             past_LD = state.past_BLD[row, state.is_real_BL[row]]
             output_L = self.unit.plain(item_D.expand_as(past_LD), past_LD)
+            if self.config.weights == "uniform":
+                output_L = output_L * 0
             weight_1L1 = self._weights(
                 output_L[None, :, None], torch.ones_like(output_L, dtype=torch.bool)[None, :, None]
             )
@@ -296,7 +302,9 @@ class DIN(Ranker):
         num_past = min(shape.num_history, self.max_history)
         item = linear_flops(self.items)
         user = num_past * item + self.head.request_flops
-        attend = 2 * self.unit.query_flops + num_past * (self.unit.pair_flops + 2 * self.config.dim)
+        attend = 2 * self.config.dim * num_past
+        if self.config.weights != "uniform":
+            attend += 2 * self.unit.query_flops + num_past * self.unit.pair_flops
         return Cost(
             user_flops=0.0 if cached else float(user),
             item_flops=float(item + attend + self.head.candidate_flops),
