@@ -65,9 +65,10 @@ def _reason_lines(item: Reason, told: Explanation) -> Iterator[str]:
     found = [f"{f.system} at {f.place} of {f.length} ({f.score:.4g})" for f in item.found]
     yield f"found by  {', '.join(found) or 'nobody: it fills the page'}"
     yield f"stages    {' > '.join(f'{s.stage} {s.place} of {s.kept} ({s.score:.4g})' for s in item.steps) or 'none'}"
-    scores = [f"{name} {score:.4g}" for step in item.steps[1:] for name, score in step.by_system.items()]
+    # A system that acts in two stages gives an item the same score in both.
+    scores = {name: score for step in item.steps[1:] for name, score in step.by_system.items()}
     if scores:
-        yield f"scores    {', '.join(scores)}"
+        yield "scores    " + ", ".join(f"{name} {score:.4g}" for name, score in scores.items())
     if item.own.since_last is not None:
         ago = f"{item.own.since_last:,.1f} days" if told.has_clock else f"{item.own.since_last:,.0f} places"
         yield f"own past  {item.own.times} times on {item.own.groups} occasions, the last {ago} ago"

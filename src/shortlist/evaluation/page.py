@@ -213,8 +213,8 @@ def _window(judged: Judged, summary: Summary) -> str:
     for number, comparison in enumerate(judged.comparisons):
         parts.append(_quality(comparison, summary.has_value, f"{key}{number}"))
     if judged.left_out:
-        names = ", ".join(judged.left_out)
-        parts.append(prose(f"Not measured, to save time: {names}; `shortlist compare RUN` has them all."))
+        names, words = ", ".join(judged.left_out), " ".join(judged.left_out)
+        parts.append(prose(f"Not measured, to save time: {names}; `shortlist compare RUN {words}` does."))
     parts += [element("p", sentence) for sentence in judged.verdicts]
     parts.append("<h3>Where held-out items were lost</h3>")
     lost = judged.cascade.lost_at
