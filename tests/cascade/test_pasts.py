@@ -151,3 +151,27 @@ def test_a_sent_history_without_times_ends_at_the_request():
     made = newer_of(events, lambda ids: np.array([row_of[i] for i in ids]), np.ones(3, dtype=np.int64), at=1_000.0)
     assert made.time_ms.tolist() == [880_000, 940_000, 1_000_000]
     assert made.item.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("newest", [1, 7, 30, 1_000])
+@pytest.mark.parametrize("has_clock", [True, False])
+def test_reading_the_newest_of_the_log_ends_like_reading_all_of_it(newest, has_clock):
+    """Late events and repeats of what the log holds, also of what is not read, change nothing among the newest."""
+    rng = np.random.default_rng(newest)
+    old = list(random_events(rng, 200))
+    old[2] = rng.permutation(200) * 2_000 + 1_000_000  # one event a moment, every other second
+    late = list(random_events(rng, 30))
+    late[2] = rng.permutation(30) * 26_000 + 1_001_000  # between them
+    both = [np.concatenate([a, b]) for a, b in zip(late, [column[::5] for column in old])]
+    users = [2, 5, 3, 2]
+    log, fresh = log_of(old), newer(late if not has_clock else both, users[:3])
+    rows = np.array(users)
+    all_of_it = pasts(log, rows, fresh, has_clock=has_clock)
+    cut = pasts(log, rows, fresh, has_clock=has_clock, newest=newest)
+    for place in range(1, 5):
+        whole, part = (slice(h.offsets[place + 1] - n, h.offsets[place + 1])
+                       for h in (all_of_it, cut)
+                       for n in [min(newest, int(all_of_it.offsets[place + 1] - all_of_it.offsets[place]))])  # fmt: skip
+        for name in ("item", "time", "action", "value"):
+            assert getattr(all_of_it, name)[whole].tolist() == getattr(cut, name)[part].tolist()
+    assert (cut.num_events < all_of_it.num_events) is (has_clock and newest < 1_000)

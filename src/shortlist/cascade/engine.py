@@ -427,28 +427,38 @@ class Engine:
     def _known(self, live: Live, asked: _Asked, problems: list[str]) -> _Known:
         """The batch, from all that is known of the users."""
         now = time.time()
+        excludes = not (live.repeats if asked.rules.seen is None else asked.rules.seen == "keep")
+        # What systems read, unless all that was seen is to be left out or the question is of an earlier moment.
+        all_of_it = excludes or asked.at is not None or not live.dataset.space.has_clock
+        newest = None if all_of_it else live.cascade.max_history
         try:
-            past, moments = self._pasts(live, asked, now, problems)
+            rows = live.users(asked.users)
+            past, moments = self._pasts(live, asked, rows, now, newest, problems)
             histories, requests = live.dataset.requests_for(
-                asked.users, rows=live.users(asked.users), at=moments, histories=past, context=asked.context
+                asked.users, rows=rows, at=moments, histories=past, context=asked.context
             )
             batch = request_batch(
                 histories,
                 live.user_fields,
                 requests,
                 max_history=live.cascade.max_history,
-                exclude_history=not (live.repeats if asked.rules.seen is None else asked.rules.seen == "keep"),
+                exclude_history=excludes,
             )
         except Exception as error:  # a request always gets a page
             problems.append(_reason("the user's past could not be read", error))
             return _Known(batch=None, num_history=[0] * len(asked.users), moments=[int(now)] * len(asked.users))
         if asked.sent is None and asked.at is None and all(user is not None for user in asked.users):
             batch = replace(batch, key=tuple(str(user) for user in asked.users))
-        return _Known(batch=batch, num_history=(requests.end - requests.start).tolist(), moments=moments.tolist())
+        known = requests.end - requests.start
+        if newest is not None and asked.sent is None:
+            offsets = live.dataset.histories.offsets
+            known = known + np.maximum(offsets[rows + 1] - offsets[rows] - newest, 0)
+        return _Known(batch=batch, num_history=known.tolist(), moments=moments.tolist())
 
-    def _pasts(self, live: Live, asked: _Asked, now: float, problems: list[str]) -> tuple[Histories, Int]:
+    def _pasts(
+        self, live: Live, asked: _Asked, rows: Int, now: float, newest: int | None, problems: list[str]
+    ) -> tuple[Histories, Int]:
         """Histories of B users, and the moment [B] each is asked about."""
-        rows = live.users(asked.users)
         newer: Newer | None = None
         if asked.sent is not None:
             rows = np.zeros_like(rows)  # what the request says stands in place of what is on record
@@ -459,7 +469,7 @@ class Engine:
                 newer = self._stored(live, asked.users)
             except StoreUnavailable as error:
                 problems.append(f"recent events are missing: {error}")
-        past = pasts(live.dataset.histories, rows, newer, has_clock=live.dataset.space.has_clock)
+        past = pasts(live.dataset.histories, rows, newer, has_clock=live.dataset.space.has_clock, newest=newest)
         if asked.at is not None:
             return past, np.full(len(rows), asked.at, dtype=np.int64)
         is_stale = now - live.log_end > self.config.stale_days * _DAY_S

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shortlist.data.encode import events_of, sort_events
-from shortlist.data.histories import Histories, Int
+from shortlist.data.encode import sort_events
+from shortlist.data.histories import Histories, Int, ranges
 from shortlist.data.vocabulary import Id, Vocabulary
 from shortlist.errors import DataError
 from shortlist.store.events import EventStore
@@ -85,19 +85,27 @@ class Numbers:
         return np.array([row_of[value] for value in ids], dtype=np.int64)
 
 
-def pasts(log: Histories, rows: Int, newer: Newer | None, *, has_clock: bool) -> Histories:
+def pasts(log: Histories, rows: Int, newer: Newer | None, *, has_clock: bool, newest: int | None = None) -> Histories:
     """Histories of B users: user row i + 1 = what the log says of user `rows[i]`, then their newer events.
 
     Events that the log holds already (same user, item and second) are not counted twice, so a snapshot trained on stored events and the
     store that still has them go together. Late ones find their place by time. Items without a row are left out.
+
+    Args:
+        newest: events of the log that are read per user, so that a request takes no longer for a long history; newer events that would
+            stand before them are left out too. None = all, as always without a clock, where times are places in the whole.
     """
-    index = events_of(log, rows)
-    lengths = np.diff(log.offsets)[rows]
+    first, stop = log.offsets[rows], log.offsets[rows + 1]
+    start = first if newest is None or not has_clock else np.maximum(first, stop - newest)
+    index, lengths = ranges(start, stop)
     owner = np.repeat(np.arange(len(rows)), lengths)
     item, time = np.asarray(log.item[index]), np.asarray(log.time[index])
     if newer is not None and len(newer.item):
         newer = newer.keep(newer.item > 0)
         if has_clock:
+            if bool(np.any(start > first)):
+                oldest = np.where(start > first, log.time[np.minimum(start, log.num_events - 1)], -1)
+                newer = newer.keep(newer.time_ms // MS > oldest[newer.user])
             newer = newer.keep(~_same(newer.user, newer.item, newer.time_ms // MS, owner, item, time))
     if newer is None or not len(newer.item):
         offsets = np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64)
