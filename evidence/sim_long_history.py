@@ -23,13 +23,13 @@ CLAIM = Claim(
     claim="Where rare old events matter, every ranker of the whole past is above target attention to the newest 50; learned search is at "
     "least as good as search by a coarse attribute, SDIM is as good as DIN on all events, and TWIN's first stage finds what its "
     "second would have ranked first.",
-    data=f"planted: pasts of {LENGTH} events over 1,280 items in 64 kinds on 8 shelves, 24 old events of rare kinds; items are read by their "
-    "fields (shelf and kind) alone; 1,500 / 300 / 1,000 users; 10 candidates, liked with chance .9 where the past holds their kind, "
-    "else .1, so that no ranker can pass an AUC of about .90",
-    protocol="One request per user; users are apart in training, validation and test. Same width, tower, loss (binary cross-entropy), learning "
-    "rate and epochs for all; epoch chosen on validation GAUC, test once. Searches hand on 50 events and read the newest 20 whole. SIM hard "
-    "compares shelves, which everyday events fill up; as an extra arm the kind, which tells all. consistency = share of the 50 events that "
-    "the exact stage would rank first on the whole past which the search hands to it, 64 test requests.",
+    data=f"planted: pasts of {LENGTH} events over 1,280 items in 64 kinds on 8 shelves, 24 old events of rare kinds; items are read by "
+    "their fields (shelf and kind) alone; 1,500 / 300 / 1,000 users; 10 candidates, liked with chance .9 where the past holds their "
+    "kind, else .1, so that no ranker can pass an AUC of about .90",
+    protocol="One request per user; users are apart in training, validation and test. Same width, tower, loss (binary cross-entropy), "
+    "learning rate and epochs for all; epoch chosen on validation GAUC, test once. Searches hand on 50 events and read the newest 20 "
+    "whole. SIM hard compares shelves, which everyday events fill up; as an extra arm the kind, which tells all. consistency = share of "
+    "the 50 events that the exact stage would rank first on the whole past which the search hands to it, 64 test requests.",
     bar="GAUC of every long method above DIN on the newest 50 with every seed; SIM soft at least SIM hard on average; SDIM's AUC at most "
     f"{SDIM_GAP} below DIN's on all events; TWIN's consistency at least {TWIN_ALIKE} and above SIM hard's",
     published={

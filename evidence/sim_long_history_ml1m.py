@@ -24,9 +24,9 @@ CLAIM = Claim(
     data="MovieLens-1M in its exact order, no times read; liked = rating of 4 or 5 where known (.92 of the ratings), read as the action of "
     "past events; requests with at least 200 rated films before: 3,000 for training, 800 for validation, 2,500 for testing, drawn at "
     "random; the label is known alike often for all parts of a past but the last tenth",
-    protocol="8 consecutive films of a user are one request; a user's first eighty percent train, the next ten validate, the last ten test. "
-    "Same width, tower, loss (binary cross-entropy), learning rate and epochs for all; epoch chosen on validation GAUC, test once. Searches "
-    "hand on 50 events and read the newest 20 whole; SIM hard compares a film's first genre.",
+    protocol="8 consecutive films of a user are one request; a user's first eighty percent train, the next ten validate, the last ten "
+    "test. Same width, tower, loss (binary cross-entropy), learning rate and epochs for all; epoch chosen on validation GAUC, test once. "
+    "Searches hand on 50 events and read the newest 20 whole; SIM hard compares a film's first genre.",
     bar=f"mean GAUC of every long method at most {TOLERANCE} below DIN on the newest 50, and of at least one above it with every seed",
     published={
         "Taobao, AUC (Qi et al. 2020)": {"DIN short": 0.9214, "mean long": 0.9281, "MIMN": 0.9278, "SIM hard": 0.9332, "SIM soft": 0.9416},
