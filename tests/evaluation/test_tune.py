@@ -235,7 +235,9 @@ def test_trials_write_no_run_and_make_nothing_twice(dataset, tmp_path, monkeypat
     monkeypatch.setattr(build, "collect", lambda *a, **k: made.append("lessons") or collected(*a, **k))
     monkeypatch.setattr(build, "save_run", lambda *a, **k: pytest.fail("a run was written"))
     monkeypatch.setattr(find("counts").cls, "prepare", lambda self, view: made.append("counted") or prepare(self, view))
-    text = ALONE.format("counts") + "keep = 9\n[stages.ranking]\nsystems = ['dnn']\n[systems.dnn]\ndim = 4\nwidths = [4]\n"
+    text = (
+        ALONE.format("counts") + "keep = 9\n[stages.ranking]\nsystems = ['dnn']\n[systems.dnn]\ndim = 4\nwidths = [4]\n"
+    )
     arm = arm_of("dnn", "dim=4,8", text=f"[trainer]\nepochs = 1\n{text}")
     tune(dataset, [arm], tmp_path / "t", budget=Budget(trials=1))
     once = len(made)
