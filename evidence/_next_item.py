@@ -6,7 +6,7 @@ R requests, C = 101 candidates of a sampled ranking.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,8 +29,9 @@ from shortlist.metrics import Interval
 from shortlist.models.base import RETRIEVAL_TASK, RequestShape, System
 from shortlist.registry import find
 from shortlist.training.config import TrainerConfig
-from shortlist.training.sources import NextEventSource
-from shortlist.training.trainer import fit
+from shortlist.training.session_parallel import SessionParallelSource
+from shortlist.training.sources import BatchSource, NextEventSource
+from shortlist.training.trainer import TrainReport, fit
 
 BASELINES = ("popularity", "personal-frequency", "counts", "ease")
 LEAVE_LAST_OUT = DataConfig(protocol="leave-last-out-as-published", kcore=5, repeats="no")
@@ -49,6 +50,8 @@ class NextItemArm:
     """Registered name."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    in_lanes: bool = False
+    """Train on session-parallel batches, `batch_size` lanes, a user being one session; else on one sequence per user."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +93,17 @@ def measured_baseline(name: str, dataset: Dataset) -> dict[str, float | Interval
 
 
 def measured_arm(lab: Lab, setting: Setting, dataset: Dataset, name: str, seed: int) -> dict[str, float | Interval]:
+    """One system, trained and judged."""
+    system, report = trained_arm(lab, setting, dataset, name, seed)
+    return {
+        **measured(system, dataset),
+        "cost:epochs": float(report.epochs),
+        "cost:best_epoch": float(report.best_epoch or report.epochs),
+        "cost:training_seconds": report.seconds,
+    }
+
+
+def trained_arm(lab: Lab, setting: Setting, dataset: Dataset, name: str, seed: int) -> tuple[System, TrainReport]:
     """One system trained on one sequence per user; the epoch is chosen on validation NDCG@10 under full ranking."""
     arm, view = setting.arms[name], dataset.view()
     entry = find(arm.system)
@@ -102,22 +116,28 @@ def measured_arm(lab: Lab, setting: Setting, dataset: Dataset, name: str, seed: 
         rows = make_pages(pager_of(trained, 10), dataset, requests, repeats=dataset.repeats)
         return float(judge_pages(rows, requests, 10)["ndcg@10"][0].mean())
 
-    chosen = {"batch_size": setting.batch_size, "lr": setting.lr, "optimiser": "adam", "clip_norm": None, **arm.trainer}
-    config = TrainerConfig(
-        epochs=setting.epochs, patience=setting.patience, validate_every=setting.validate_every, seed=seed, **chosen
-    )
-    source = NextEventSource(view, batch_size=config.batch_size, max_history=system.max_history, seed=seed)
+    chosen = {
+        "batch_size": setting.batch_size,
+        "lr": setting.lr,
+        "optimiser": "adam",
+        "clip_norm": None,
+        "epochs": setting.epochs,
+        "patience": setting.patience,
+        "validate_every": setting.validate_every,
+        **arm.trainer,
+    }
+    config = TrainerConfig(seed=seed, **chosen)
+    source: BatchSource
+    if arm.in_lanes:
+        source = SessionParallelSource(view, batch_size=config.batch_size)
+    else:
+        source = NextEventSource(view, batch_size=config.batch_size, max_history=system.max_history, seed=seed)
     slug = "".join(c if c.isalnum() else "-" for c in f"{setting.data} {name} {seed}")
     folder = None if lab.scratch is None else lab.scratch / slug
     report = fit(
         system, view, lambda phase: source, config=config, validate=validate, folder=folder, progress=not lab.quick
     )
-    return {
-        **measured(system, dataset),
-        "cost:epochs": float(report.epochs),
-        "cost:best_epoch": float(report.best_epoch or report.epochs),
-        "cost:training_seconds": report.seconds,
-    }
+    return system, report
 
 
 def measured(system: System, dataset: Dataset) -> dict[str, float | Interval]:
@@ -188,4 +208,4 @@ MASKED_AND_RECURRENT = {
 
 def quick(arm: NextItemArm) -> NextItemArm:
     """The same arm, narrow, for the ten-second form."""
-    return NextItemArm(system=arm.system, settings={**arm.settings, "dim": 16}, trainer=arm.trainer)
+    return replace(arm, settings={**arm.settings, "dim": 16})
