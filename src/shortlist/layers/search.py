@@ -452,16 +452,16 @@ def continued(history: History, memories: Sequence[Mapping[str, Tensor] | None])
     `value` and `group` of the events returned are 0.
     """
     names = ("item", "time", "action")
-    lengths_B = torch.tensor([0 if memory is None else len(memory["item"]) for memory in memories])
-    none = torch.zeros(0, dtype=torch.int64)
-    joined = [torch.cat([none, *(memory[name] for memory in memories if memory is not None)]) for name in names]
     device = history.time.device
-    old = [Jagged.from_lengths(column.to(device), lengths_B.to(device)) for column in joined]
+    lengths_B = torch.tensor([0 if memory is None else len(memory["item"]) for memory in memories], device=device)
+    known, none = [memory for memory in memories if memory is not None], torch.zeros(0, dtype=torch.int64)
+    joined = [torch.cat([none.to(device), *(memory[name].to(device) for memory in known)]) for name in names]
+    old = [Jagged.from_lengths(column, lengths_B) for column in joined]
     new = [history.items.with_values(column) for column in (history.items.values, history.time, history.action)]
     dropped_B, fits_B = overlap(old, new)
     row_E = old[0].row_of_value
     gone_E = (old[0].position_of_value < dropped_B[row_E]) & fits_B[row_E]
-    known_B = torch.where(fits_B, lengths_B.to(device) - dropped_B, 0)
+    known_B = torch.where(fits_B, lengths_B - dropped_B, 0)
     fresh_E = history.items.position_of_value >= known_B[history.items.row_of_value]
     return Continued(fits_B, _events(old, gone_E), _events(new, fresh_E))
 
