@@ -31,8 +31,10 @@ PARTS = ("train", "valid", "test")
 SHORT, FULL, POOLED = "DIN, newest 50", "DIN, all events", "mean of all events"
 HARD, FINE, SOFT = "SIM hard", "SIM hard, by the attribute that tells", "SIM soft"
 ETA_ARM, SDIM_ARM, TWIN_ARM, MIMN_ARM = "ETA", "SDIM", "TWIN", "MIMN, newest 100"
+SHARP = "SDIM, 6 signs must agree"
 SEARCHES = (HARD, SOFT, ETA_ARM, TWIN_ARM)
-LONG = (POOLED, HARD, SOFT, ETA_ARM, SDIM_ARM, TWIN_ARM, MIMN_ARM)
+LONG = (POOLED, HARD, SOFT, ETA_ARM, SDIM_ARM, TWIN_ARM)
+"""Those that read the whole past. MIMN reads event after event, so that a training on all of it would take longer than all others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +53,7 @@ def arms(
     Args:
         recency: of DIN's events; the others mark ages by themselves.
         coarse: attribute that SIM hard compares.
-        fine: another one, for an arm of its own; None = no such arm.
+        fine: another one, for an arm of its own; None = neither such an arm nor SDIM with a sharper kernel.
         use_ids: read the items' own rows; False leaves their fields.
     """
     head = HeadConfig(widths=(64,), loss="bce")
@@ -69,10 +71,11 @@ def arms(
         SOFT: LongArm(system="sim", settings={**long, "search": "soft"}),
         ETA_ARM: LongArm(system="eta", settings=long),
         SDIM_ARM: LongArm(system="sdim", settings=long),
+        SHARP: LongArm(system="sdim", settings={**long, "num_bits": 96, "signature_bits": 6}),
         TWIN_ARM: LongArm(system="twin", settings=long),
         MIMN_ARM: LongArm(system="mimn", settings={**long, "max_history": min(100, max_history)}),
     }
-    return {name: arm for name, arm in found.items() if name != FINE or fine is not None}
+    return {name: arm for name, arm in found.items() if name not in (FINE, SHARP) or fine is not None}
 
 
 def planted(*, num_users: tuple[int, int, int], length: int, seed: int = 0) -> World:
