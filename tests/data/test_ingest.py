@@ -144,6 +144,8 @@ def test_bad_rows_are_kept_aside_with_their_reasons(tmp_path):
     assert pl.read_parquet(tmp_path / "out.rejected.parquet").height == made.quarantined.total
     assert Ingested.load(tmp_path / "out").quarantined.total == made.quarantined.total, "a refused log changes nothing"
     assert not (tmp_path / "out.part").exists()
+    ingest(path, tmp_path / "out", config=SMALL)
+    assert not (tmp_path / "out.rejected.parquet").exists(), "a later success leaves nothing of the refusal"
 
 
 def test_broken_lines_keep_their_numbers_across_blocks(tmp_path):
@@ -242,6 +244,8 @@ def test_an_ingested_log_is_opened_as_it_is(tmp_path):
         open_log(tmp_path / "out", roles=Roles(item="action"))
     with pytest.raises(DataError, match="is an ingested log, no table"):
         read(tmp_path / "out")
+    with pytest.raises(DataError, match="an ingested log already"):
+        ingest(tmp_path / "out", tmp_path / "again")
 
 
 def test_a_stop_between_the_two_renames_is_mended(tmp_path):

@@ -93,17 +93,20 @@ def ingest(
     another in the next.
     """
     config, folder = config or IngestConfig(), Path(folder)
+    if is_ingested(Path(source)):
+        raise DataError(f"{source} is an ingested log already; give it to `shortlist check` or `shortlist train`.")
     if not is_ingested(folder) and folder.exists():
         raise DataError(f"{folder} exists and holds no ingested log; choose another folder.")
-    part = folder.with_name(f"{folder.name}.part")
+    part, rejected = (folder.with_name(f"{folder.name}.{name}") for name in ("part", REJECTED))
     shutil.rmtree(part, ignore_errors=True)
+    rejected.unlink(missing_ok=True)
     for name in ("staged", "events", "keys", "histories"):
         (part / name).mkdir(parents=True)
     try:
         say("reading text into Parquet, and finding the types of the columns")
         staged = open_source(Path(source), part / "staged", separator=separator, block_bytes=config.block_bytes)
         log = _Log.open(staged, roles, {"items": items, "users": users})
-        _write(log, part, folder.with_name(f"{folder.name}.{REJECTED}"), config, say)
+        _write(log, part, rejected, config, say)
     except DataError:
         shutil.rmtree(part)
         raise
