@@ -66,9 +66,9 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 ON_DRIFT = (DIN, AUGRU, RELEASED, DIEN, "BST")
 FULL = {
     BEAUTY: Training(epochs=10, batch_size=128, lrs=(2e-3,), patience=2, max_history=20),
-    DRIFT: Training(epochs=6, batch_size=128, lrs=(5e-3,), patience=6, max_history=20),
+    DRIFT: Training(epochs=8, batch_size=128, lrs=(1e-2,), patience=8, max_history=20),
 }
-QUICK = Training(epochs=3, batch_size=64, lrs=(1e-2,), patience=3, max_history=20)
+QUICK = Training(epochs=5, batch_size=64, lrs=(1e-2,), patience=5, max_history=20)
 FROM_AUXILIARY, SLACK, FROM_ORDER = 0.005, 0.001, 0.05
 
 CLAIM = Claim(
@@ -95,7 +95,7 @@ def run(lab: Lab) -> None:
     """The ladder on purchases, then the planted log."""
     settings: dict[str, Any] = {"negatives": (0, 1), "split": "user", "min_history": 2}
     beauty = purchases(None if lab.quick else lab.data_root, "s3rec-beauty", **settings)
-    drift = changed_minds(600 if lab.quick else 6_000)
+    drift = changed_minds(2_000 if lab.quick else 6_000)
     lab.measure(f"{BEAUTY}: popularity", 0, partial(judged, popularity(beauty, beauty.test), beauty.test))
     for seed in lab.seeds:
         for name in ARMS:

@@ -16,23 +16,24 @@ from shortlist.evaluation.evidence import Arm, Claim, Judgement, Lab, hold_if
 from shortlist.metrics import Interval
 from shortlist.models.base import RequestShape
 
-POOLING, SOFTMAX, SUM, CROSS = (
-    "DNN, mean pooling",
-    "DIN, softmax",
-    "DIN, no normalisation",
-    "DIN, softmax, product with the candidate",
-)
+POOLING, SOFTMAX, SUM = "mean pooling", "DIN, softmax", "DIN, no normalisation"
+POOLING_X, SOFTMAX_X = "mean pooling, product", "DIN, softmax, product"
 SHARED: dict[str, Any] = {"loss": "bce", "activation": "dice"}
+PLAIN: dict[str, Any] = {**SHARED, "mba": 0.0, "cross": False}
+PRODUCT: dict[str, Any] = {**PLAIN, "cross": True}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
-    POOLING: ("dnn", SHARED),
-    SOFTMAX: ("din", {**SHARED, "mba": 0.0, "cross": False}),
-    SUM: ("din", {**SHARED, "mba": 0.0, "cross": False, "weights": "none"}),
-    CROSS: ("din", {**SHARED, "mba": 0.0}),
+    "DNN": ("dnn", SHARED),
+    POOLING: ("din", {**PLAIN, "weights": "uniform"}),
+    SOFTMAX: ("din", PLAIN),
+    SUM: ("din", {**PLAIN, "weights": "none"}),
+    POOLING_X: ("din", {**PRODUCT, "weights": "uniform"}),
+    SOFTMAX_X: ("din", PRODUCT),
 }
+AGAINST = {SOFTMAX: POOLING, SUM: POOLING, SOFTMAX_X: POOLING_X}
 SETS = ("ml-1m", "s3rec-beauty")
 FULL = {
-    "ml-1m": Training(epochs=4, batch_size=256, lrs=(1e-3, 3e-3), patience=1),
-    "s3rec-beauty": Training(epochs=8, batch_size=256, lrs=(1e-3, 3e-3), patience=2, max_history=20),
+    "ml-1m": Training(epochs=3, batch_size=256, lrs=(1e-3, 3e-3), patience=1),
+    "s3rec-beauty": Training(epochs=6, batch_size=256, lrs=(2e-3, 4e-3), patience=1, max_history=20),
 }
 QUICK = Training(epochs=3, batch_size=32, lrs=(1e-2,), patience=3, max_history=20)
 LEAST = 0.003
@@ -46,10 +47,12 @@ CLAIM = Claim(
     protocol="ML-1M: each user's first 80 % train, 10 % validate, 10 % test; eight consecutive films are one request, which reads "
     "the 50 rated before it and whether each was liked. Beauty: the last day's last item tests, the day before validates; "
     "histories end before the day of the request. Embeddings of 32 with genres or attributes, tower 128-64, binary cross-entropy, "
-    "one row per candidate, Adam; epoch and learning rate (1e-3 or 3e-3) of every arm chosen on validation GAUC, test once. GAUC "
-    "weighs users by their rows.",
+    "one row per candidate, Adam; learning rate (one of two per set) and epoch of every arm chosen on validation GAUC, test once. "
+    "Mean pooling is DIN with uniform weights: the same tower, nothing else changed; product = the tower also reads the product of the "
+    "candidate with the pooled or attended past. GAUC weighs users by their rows.",
     bar="On at least one of the two sets, DIN with softmax is at least .003 GAUC above mean pooling on average and above it with "
-    "every seed.",
+    "every seed, both without the product. A preview with one seed and other settings, which scored the test, saw +.001 on Beauty and "
+    "nothing on ML-1M.",
     published={
         "DIN's paper, MovieLens-20M (AUC)": {"Base": 0.7300, "DIN": 0.7337},
         "BARS, Amazon Electronics (GAUC)": {"YoutubeDNN": 0.8790, "DIN": 0.8835},
@@ -94,12 +97,15 @@ def judge(arms: Mapping[str, Arm]) -> Judgement:
     """The bar, and what the other forms of attention add."""
     reached, findings = False, []
     for data in SETS:
-        base = np.array(arms[f"{data}: {POOLING}"].per_seed["gauc"])
-        gains = {name: np.array(arms[f"{data}: {name}"].per_seed["gauc"]) - base for name in ARMS if name != POOLING}
-        mine = gains[SOFTMAX]
-        reached |= bool(mine.mean() >= LEAST and (mine > 0).all())
+        value = {name: np.array(arms[f"{data}: {name}"].per_seed["gauc"]) for name in ARMS}
+        gains = {name: value[name] - value[base] for name, base in AGAINST.items()}
+        reached |= bool(gains[SOFTMAX].mean() >= LEAST and (gains[SOFTMAX] > 0).all())
         shown = "; ".join(
             f"{name} {gain.mean():+.4f} ({gain.min():+.4f} to {gain.max():+.4f})" for name, gain in gains.items()
         )
-        findings.append(f"{data}, GAUC against mean pooling at {base.mean():.4f}, mean and range over seeds: {shown}")
+        product = value[POOLING_X].mean() - value[POOLING].mean()
+        findings.append(
+            f"{data}, GAUC against pooling of the same form, mean and range over paired seeds: {shown}; "
+            f"the product of candidate and pooled past alone adds {product:+.4f}"
+        )
     return hold_if(reached, ". ".join(findings) + ".")
