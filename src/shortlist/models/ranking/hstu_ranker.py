@@ -228,7 +228,8 @@ class HSTURanker(Ranker):
         self.head = CandidateHead(seen, dim, 4 * dim, config.head, table=config.table)
         self.outcomes = _outcomes(config, space)
         self.predicts = _predicts(config, space, self.outcomes)
-        starts_from_match = config.learning == "both" and self.predicts == "next"
+        # Among candidates of a softmax the next item is what is asked for; a probability of an outcome is something else.
+        starts_from_match = config.learning == "both" and self.predicts == "next" and config.head.loss == "softmax"
         self.match_gain = nn.Parameter(torch.full((len(space.tasks),), float(starts_from_match)))
 
     @property
