@@ -103,8 +103,9 @@ def ingest(
     for name in ("staged", "events", "keys", "histories"):
         (part / name).mkdir(parents=True)
     try:
-        say("reading text into Parquet, and finding the types of the columns")
-        staged = open_source(Path(source), part / "staged", separator=separator, block_bytes=config.block_bytes)
+        staged = open_source(
+            Path(source), part / "staged", separator=separator, block_bytes=config.block_bytes, say=say
+        )
         log = _Log.open(staged, roles, {"items": items, "users": users})
         _write(log, part, rejected, config, say)
     except DataError:

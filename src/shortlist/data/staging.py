@@ -6,7 +6,7 @@ one type in the end: where blocks disagree, the smallest that holds both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +22,8 @@ _ARROW = (".arrow", ".ipc", ".feather")
 _JSON = (".jsonl", ".ndjson", ".json")
 _RECORD_LINES = 1_000
 """Lines that one quoted field may span."""
+_BLOCKS_TOLD = 8
+"""Blocks between two words of progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,12 +52,20 @@ class Source:
             raise _unreadable(self.name, error) from error
 
 
-def open_source(path: Path, scratch: Path, *, separator: str | None = None, block_bytes: int = 1 << 26) -> Source:
+def open_source(
+    path: Path,
+    scratch: Path,
+    *,
+    separator: str | None = None,
+    block_bytes: int = 1 << 26,
+    say: Callable[[str], None] = lambda line: None,
+) -> Source:
     """Make a log readable in parts; text is staged in `scratch`, a folder that exists and is empty.
 
     Args:
         path: Parquet (a file, or a folder of them), Arrow IPC, CSV with any separator or JSON lines, the last two also .gz.
         block_bytes: text read at a time.
+        say: is told how far it is.
 
     Raises DataError: absent, not readable, or one JSON array.
     """
@@ -68,7 +78,7 @@ def open_source(path: Path, scratch: Path, *, separator: str | None = None, bloc
         elif suffix in _ARROW:
             lazy = pl.scan_ipc(path)
         else:
-            return _staged(path, scratch, separator, block_bytes)
+            return _staged(path, scratch, separator, block_bytes, say)
         lazy.collect_schema()
     except (pl.exceptions.PolarsError, OSError, EOFError) as error:
         raise _unreadable(str(path), error) from error
@@ -96,7 +106,7 @@ class _Stage:
     notes: list[str] = field(default_factory=list)
 
 
-def _staged(path: Path, scratch: Path, separator: str | None, block_bytes: int) -> Source:
+def _staged(path: Path, scratch: Path, separator: str | None, block_bytes: int, say: Callable[[str], None]) -> Source:
     """Block after block through `load_table` into Parquet."""
     suffix = suffix_of(path)
     is_json = suffix in _JSON
@@ -111,6 +121,8 @@ def _staged(path: Path, scratch: Path, separator: str | None, block_bytes: int) 
         frame = table.frame.select(pl.lit(None).alias(c.name) if c.null_count() == len(c) else c for c in table.frame)
         stage.schemas.append(dict(frame.schema))
         frame.with_columns(table.lines.alias(LINE)).write_parquet(files[-1], compression="lz4")
+        if len(files) % _BLOCKS_TOLD == 0:
+            say(f"{stage.lines:,} lines read into Parquet")
     piece.unlink(missing_ok=True)
     if not files:
         raise DataError(f"{path}: the file is empty.")
