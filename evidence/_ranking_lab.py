@@ -417,22 +417,54 @@ def with_auxiliary(system: Ranker) -> None:
     system.prepare, system.losses = prepare, losses  # type: ignore[method-assign]
 
 
-def changed_minds(num_users: int, *, num_groups: int = 20, per_group: int = 10, length: int = 10) -> World:
+def changed_minds(num_users: int, *, num_groups: int = 20, length: int = 10) -> World:
     """Users whose interest moves once, at a random place, from one group of items to another; offered is an item of each, the new one wins.
 
-    How much of either a past holds says nothing on average: only its order does. Items have no attributes.
+    How much of either a past holds says nothing on average: only its order does.
     """
     rng = np.random.default_rng(0)
     pair = rng.random((num_users, num_groups)).argsort(1)[:, :2]
     is_new = np.arange(length) >= rng.integers(2, length - 1, (num_users, 1))
-    group = np.concatenate([np.where(is_new, pair[:, 1:], pair[:, :1]), pair], axis=1)
-    item = group * per_group + rng.integers(0, per_group, group.shape)
-    place = np.arange(length)
+    group = np.where(is_new, pair[:, 1:], pair[:, :1])
+    time = np.broadcast_to(86_400 * np.arange(length), group.shape)
+    return _pairs(group, time, pair[:, 1], pair[:, 0], rng, num_groups)
+
+
+def visits(num_users: int, *, num_groups: int = 20, length: int = 12) -> World:
+    """Users who look at one group of items per visit, ten minutes apart; the newest visit's group wins over that of an earlier visit.
+
+    A visit begins at a random place, at least once after the first event.
+    """
+    rng = np.random.default_rng(0)
+    opens = rng.random((num_users, length)) < 0.3
+    opens[:, 0] = False
+    opens[np.arange(num_users), rng.integers(1, length, num_users)] = True
+    visit = opens.cumsum(1)
+    group_of_visit = rng.random((num_users, num_groups)).argsort(1)[:, :length]
+    group = np.take_along_axis(group_of_visit, visit, 1)
+    time = 86_400 * visit + 600 * np.arange(length)
+    earlier = (rng.random(num_users) * visit[:, -1]).astype(np.int64)
+    return _pairs(group, time, group[:, -1], group_of_visit[np.arange(num_users), earlier], rng, num_groups)
+
+
+def _pairs(
+    group_UL: Int,
+    time_UL: Int,
+    winner_U: Int,
+    loser_U: Int,
+    rng: np.random.Generator,
+    num_groups: int,
+    per_group: int = 10,
+) -> World:
+    """One request per user after L events of the given groups: an item of the winner's group is chosen, one of the loser's is not."""
+    num_users, length = group_UL.shape
+    groups = np.concatenate([group_UL, winner_U[:, None], loser_U[:, None]], axis=1)
+    item = groups * per_group + rng.integers(0, per_group, groups.shape)
     events = pl.DataFrame(
         {
             "user_id": np.repeat(np.arange(num_users), length),
             "item_id": item[:, :length].ravel(),
-            "time": 86_400 * np.tile(place, num_users),
+            "time": time_UL.ravel(),
             "group": np.arange(num_users * length),
             "action": np.ones(num_users * length, dtype=np.int64),
         }
@@ -440,25 +472,15 @@ def changed_minds(num_users: int, *, num_groups: int = 20, per_group: int = 10, 
     nothing = pl.Series([[] for _ in range(num_groups * per_group)], dtype=pl.List(pl.String))
     items = pl.DataFrame({"item_id": np.arange(num_groups * per_group), "attributes": nothing})
     histories, table = _histories(events, items)
-    user = np.arange(1, num_users + 1)
-    none = np.zeros(0, dtype=np.int64)
-    requests = Requests(
-        user=user,
-        time=np.full(num_users, 86_400 * length),
-        start=histories.offsets[user],
-        end=histories.offsets[user + 1],
-        target_offsets=np.zeros(num_users + 1, dtype=np.int64),
-        target=none,
-        target_value=none.astype(np.float32),
-    )
+    requests = _requests(histories, histories.offsets[1:-1])
+    requests = replace(requests, end=histories.offsets[2:], time=time_UL[:, -1] + 600)
     turn = rng.random((num_users, 1)) < 0.5
-    offered = np.where(turn, item[:, length:], item[:, : length - 1 : -1]) + 1
+    offered = np.where(turn, item[:, : length - 1 : -1], item[:, length:]) + 1
     label = torch.from_numpy(np.concatenate([~turn, turn], 1).astype(np.float32)).flatten()
     rows = Jagged.from_lengths(torch.from_numpy(offered.ravel()), torch.full((num_users,), 2))
     part = np.digitize(rng.random(num_users), [0.7, 0.8])
     parts = [_kept(requests, rows, label, part == p) for p in range(3)]
-    is_training = np.repeat(part == 0, length)
-    return _world(histories, table, is_training, parts, actions=("event",), has_clock=True)
+    return _world(histories, table, np.repeat(part == 0, length), parts, actions=("event",), has_clock=True)
 
 
 def planted_films(num_users: int = 300, num_items: int = 200, length: int = 40) -> tuple[pl.DataFrame, pl.DataFrame]:
