@@ -93,13 +93,27 @@ def test_agrees_with_torch_multihead_attention():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_asking_for_some_positions_gives_theirs(causal):
+@pytest.mark.parametrize("asked", [[0, 5, 40, 111], [3], [111, 0, 0, 20, 19], list(range(112))], ids=len)
+def test_asking_for_some_positions_gives_theirs(causal, asked):
     torch.manual_seed(0)
     attention = SelfAttention(8, 2)
     rows = jagged(LENGTHS, 8)
-    classes, at = LengthClasses.of(rows), torch.tensor([0, 5, 40, 111])
-    every = attention(rows.values, rows.values, classes, causal=causal)
-    torch.testing.assert_close(attention(rows.values, rows.values, classes, causal=causal, at=at), every[at])
+    classes, at = LengthClasses.of(rows), torch.tensor(asked)
+    results = []
+    for some in (True, False):
+        x = rows.values.clone().requires_grad_()
+        out = attention(x, x, classes, causal=causal, at=at) if some else attention(x, x, classes, causal=causal)[at]
+        results.append((out, *torch.autograd.grad(out.sin().sum(), [x, *attention.parameters()])))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_asking_for_nothing(causal):
+    attention, rows = SelfAttention(8, 2), jagged(LENGTHS, 8)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    out = attention(rows.values, rows.values, LengthClasses.of(rows), causal=causal, at=nothing)
+    assert out.shape == (0, 8)
 
 
 def test_without_a_causal_mask_later_positions_matter_and_other_sequences_do_not():

@@ -82,17 +82,66 @@ def causal_attention(
         dropout: share of attention weights set to 0 (pass 0 outside training). On CPU any dropout leaves the fused kernel: about
             1.6 times the time with one head and 2.5 times with four.
     """
-    return _attention(q_THd, k_THd, v_THd, classes, classes.place, causal=True, dropout=dropout)
+    return _attention(q_THd, k_THd, v_THd, classes, causal=True, dropout=dropout)
 
 
 def whole_attention(
-    q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, classes: LengthClasses, dropout: float = 0.0
+    q_PHd: Tensor,
+    k_THd: Tensor,
+    v_THd: Tensor,
+    classes: LengthClasses,
+    dropout: float = 0.0,
+    at: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k' / sqrt(d)) v over all positions of the own sequence, before and after: float [total, H, d].
+    """softmax(q k' / sqrt(d)) v over all positions of the own sequence, before and after: float [P, H, d].
 
-    Arguments as of `causal_attention`.
+    Arguments as of `causal_attention`, but for:
+
+    Args:
+        q_PHd: queries of the positions that ask.
+        at: int64 [P], which these are; None = all, P = total.
     """
-    return _attention(q_THd, k_THd, v_THd, classes, classes.place, causal=False, dropout=dropout)
+    if at is None:
+        return _attention(q_PHd, k_THd, v_THd, classes, causal=False, dropout=dropout)
+    if not len(at):
+        return q_PHd
+    sizes = [R * L for R, L in classes.shapes]
+    k_cells, v_cells = (x_THd.index_select(0, classes.gather).split(sizes) for x_THd in (k_THd, v_THd))
+    gathers, place_P = _asked_cells(classes, at)
+    reals, blocks = classes.is_real.split(sizes), []
+    for (R, L), is_real, is_full, gather, *kv in zip(
+        classes.shapes, reals, classes.is_full, gathers, k_cells, v_cells, strict=True
+    ):
+        if not len(gather):
+            continue
+        num_heads, width = q_PHd.shape[1:]
+        k_RHLd, v_RHLd = (x.view(R, L, num_heads, width).transpose(1, 2) for x in kv)
+        q_RHQd = q_PHd.index_select(0, gather).view(R, -1, num_heads, width).transpose(1, 2)
+        visible_R11L = None if is_full else is_real.view(R, 1, 1, L)
+        out_RHQd = scaled_dot_product_attention(q_RHQd, k_RHLd, v_RHLd, attn_mask=visible_R11L, dropout_p=dropout)
+        blocks.append(out_RHQd.transpose(1, 2).reshape(len(gather), num_heads, width))
+    return torch.cat(blocks).index_select(0, place_P)
+
+
+def _asked_cells(classes: LengthClasses, at: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Of each class, which of the P asked positions fill its R x Q cells, int64 [R * Q], Q the most asked of one sequence; and the cell
+    of each, int64 [P], classes end to end. Cells that nobody fills repeat the first position asked."""
+    cell_P, order_P = classes.place[at].sort(stable=True)
+    ends = torch.tensor([R * L for R, L in classes.shapes]).cumsum(0)
+    stops = torch.searchsorted(cell_P, ends.to(at.device)).tolist()
+    gathers, place_P = [], torch.empty_like(order_P)
+    start, num_cells = 0, 0
+    for (R, L), stop, end in zip(classes.shapes, stops, ends.tolist(), strict=True):
+        row = (cell_P[start:stop] - (end - R * L)).div(L, rounding_mode="floor")
+        asked_R = torch.bincount(row, minlength=R)
+        widest = int(asked_R.max())
+        place = row * widest + torch.arange(len(row), device=at.device) - (asked_R.cumsum(0) - asked_R)[row]
+        gather = order_P.new_zeros(R * widest)
+        gather[place] = order_P[start:stop]
+        gathers.append(gather)
+        place_P[order_P[start:stop]] = num_cells + place
+        start, num_cells = stop, num_cells + R * widest
+    return gathers, place_P
 
 
 def _attention(
@@ -100,12 +149,11 @@ def _attention(
     k_THd: Tensor,
     v_THd: Tensor,
     classes: LengthClasses,
-    place_P: Tensor,
     *,
     causal: bool,
     dropout: float,
 ) -> Tensor:
-    """Either attention at the positions whose cells are `place_P` int64 [P]: float [P, H, d]."""
+    """Either attention at every position: float [total, H, d]."""
     if not classes.shapes:
         return v_THd
     num_heads, width = q_THd.shape[1:]
@@ -122,7 +170,7 @@ def _attention(
             q_RHLd, k_RHLd, v_RHLd, attn_mask=visible_R11L, is_causal=causal, dropout_p=dropout
         )
         blocks.append(out_RHLd.transpose(1, 2).reshape(R * L, num_heads, width))
-    return torch.cat(blocks).index_select(0, place_P)
+    return torch.cat(blocks).index_select(0, classes.place)
 
 
 def causal_attention_reference(q_THd: Tensor, k_THd: Tensor, v_THd: Tensor, rows: Jagged) -> Tensor:
@@ -181,21 +229,21 @@ class SelfAttention(nn.Module):
             query_TD: what asks, [total, D].
             source_TD: what is read, [total, D]; pass the same tensor for plain self-attention.
             causal: False = each position reads those after it too.
-            at: int64 [P], positions wanted; the result is then [P, D], and the output map is applied to them alone.
+            at: int64 [P], positions wanted; the result is then [P, D], and the output map is applied to them alone. Where attention is
+                not causal, they alone ask.
         """
-        total, width = query_TD.shape
-        heads = (total, self.num_heads, width // self.num_heads)
+        width = query_TD.shape[1]
+        heads = (-1, self.num_heads, width // self.num_heads)
         k_TD, v_TD = self.key_value(source_TD).chunk(2, dim=-1)
-        mixed_PHd = _attention(
-            self.query(query_TD).view(heads),
-            k_TD.reshape(heads),
-            v_TD.reshape(heads),
-            classes,
-            classes.place if at is None else classes.place[at],
-            causal=causal,
-            dropout=self.dropout if self.training else 0.0,
-        )
-        return self.out(mixed_PHd.reshape(len(mixed_PHd), width))
+        k_THd, v_THd = k_TD.reshape(heads), v_TD.reshape(heads)
+        dropout = self.dropout if self.training else 0.0
+        if causal:
+            mixed_THd = causal_attention(self.query(query_TD).view(heads), k_THd, v_THd, classes, dropout)
+            mixed_PHd = mixed_THd if at is None else mixed_THd.index_select(0, at)
+        else:
+            asking_PD = query_TD if at is None else query_TD.index_select(0, at)
+            mixed_PHd = whole_attention(self.query(asking_PD).view(heads), k_THd, v_THd, classes, dropout, at)
+        return self.out(mixed_PHd.reshape(-1, width))
 
 
 CausalSelfAttention = SelfAttention

@@ -56,5 +56,7 @@ def encoder_flops(length: int, width: int, num_blocks: int, *, causal: bool, num
     """FLOPs of a stack of blocks over `length` positions whose last block is asked for `num_asked` of them."""
     attention = attention_flops(length, width, causal=causal)
     after = 2 * WIDENING * 2 * width * width
-    saved = (length - num_asked) * (after + 2 * width * width)  # no output map and feed-forward where nobody asks
-    return num_blocks * (attention + length * after) - saved
+    saved_each = after + 2 * width * width  # no feed-forward and output map where nobody asks
+    if not causal:
+        saved_each += 2 * width * width + 4 * length * width  # and no query
+    return num_blocks * (attention + length * after) - (length - num_asked) * saved_each

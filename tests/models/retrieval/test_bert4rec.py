@@ -240,7 +240,7 @@ def test_cost_is_what_torch_counts():
         model._query(rows, model.items(rows.values), is_mask, rows.offsets[1:] - 1)
     counted = {op.__name__.split(".")[0]: n for op, n in counter.get_flop_counts()["Global"].items()}
     maps = counted.get("addmm", 0) + counted.get("mm", 0)
-    pairs = model.config.num_blocks * 4 * 16 * 16 * 8  # scored and mixed
+    pairs = 4 * 16 * 16 * 8 + 4 * 16 * 8  # scored and mixed: all, and in the last block the mask alone
     cost = model.cost(RequestShape(num_history=15, num_items=16))
     assert cost.user_flops == maps + pairs
     assert cost.item_flops == 2 * (8 + 2)
