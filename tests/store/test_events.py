@@ -49,6 +49,14 @@ def test_many_users_are_answered_in_the_order_of_the_question(store):
     assert (np.diff(many.user) >= 0).all()
 
 
+def test_users_stand_in_the_order_of_their_first_event(store):
+    assert store.users() == []
+    store.append([Event(user=user, item="i", timestamp=NOON - n) for n, user in enumerate(["v", "u", "v", "w", "u"])])
+    assert store.users() == ["v", "u", "w"]
+    store.append([Event(user="a", item="i", timestamp=NOON - 99)])
+    assert store.users() == ["v", "u", "w", "a"]
+
+
 def test_more_users_than_one_query_holds(store):
     users = [f"u{i}" for i in range(1_203)]
     store.append([Event(user=user, item=f"of-{user}", timestamp=NOON) for user in users])

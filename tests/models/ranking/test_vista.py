@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ranking_support import batch_of, groups_batch, groups_space, rich_batch, rich_space, share_right, space_of, train
+from shortlist.cascade.config import RunConfig
 from shortlist.data.jagged import Jagged
 from shortlist.errors import ConfigError
 from shortlist.layers.scoring import HeadConfig
@@ -405,6 +406,26 @@ def test_full_state_is_attention_over_every_event():
 def test_settings_out_of_range_are_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         VISTAConfig(**wrong)
+
+
+def test_a_run_s_toml_reaches_the_tower():
+    settings = (
+        RunConfig.from_toml("""
+[stages.retrieval]
+systems = ["popularity"]
+keep = 20
+[stages.ranking]
+systems = ["vista"]
+[systems.vista]
+dim = 8
+[systems.vista.head]
+widths = [4]
+loss = "bce"
+""")
+        .systems["vista"]
+        .settings
+    )
+    assert (settings.dim, settings.head.widths, settings.head.loss) == (8, (4,), "bce")
 
 
 def test_heads_must_divide_the_width():
