@@ -18,7 +18,7 @@ from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.kernels.hstu_attention import time_bucket
 from shortlist.layers.hstu import HSTUBlockConfig
-from shortlist.models.base import RequestShape
+from shortlist.models.base import Remembering, RequestShape
 from shortlist.models.retrieval.hstu import (
     HSTU,
     Events,
@@ -210,6 +210,52 @@ def test_scores_serve_as_they_train(normalise):
     items = model.items.all()
     expected = torch.cosine_similarity(query[None], items, dim=1) / 0.05 if normalise else items @ query
     torch.testing.assert_close(score[0], expected, rtol=1e-4, atol=1e-4)
+
+
+# --- memories ---
+
+
+@pytest.mark.parametrize(
+    "layers", [{"num_heads": 2}, {"variant": "production", "num_heads": 2}, {"attention": "softmax"}]
+)
+def test_a_remembered_user_goes_on_exactly(layers):
+    model = loud(make(ITEMS, layers=layers))
+    assert isinstance(model, Remembering)
+    with torch.no_grad():
+        first = timed(batch_of(ITEMS, [[1, 2, 3], [], [4, 5], [6]]), [0, 60, 90, 5, 9_000, 7], [99, 5, 90_000, 8])
+        user, memories = model.recall(first, [None] * 4)
+        torch.testing.assert_close(user, model.encode_user(first))
+        assert [m is None for m in memories] == [False, True, False, True]  # of one event nothing outlives its request
+        now = timed(
+            batch_of(ITEMS, [[1, 2, 3, 7, 8], [9], [4, 5], [6, 1]]),
+            [0, 60, 90, 4_000, 4_100, 3, 5, 9_000, 7, 70_000],
+            [5_000, 5, 100_000, 80_000],
+        )
+        again, kept = model.recall(now, memories)
+        torch.testing.assert_close(again, model.encode_user(now), rtol=1e-4, atol=1e-5)
+        assert kept[0]["marks"][:, 0].tolist() == [1, 2, 3, 7]
+
+
+def test_a_memory_that_does_not_fit_is_passed_over():
+    model = loud(make(ITEMS, max_history=4))
+    with torch.no_grad():
+        _, memories = model.recall(batch_of(ITEMS, [[1, 2, 3]] * 3 + [[1, 2, 3, 4]]), [None] * 4)
+        # Another past, all gone, less than was remembered, and a window that slid.
+        now = batch_of(ITEMS, [[1, 5, 3, 4], [], [1, 2], [1, 2, 3, 4, 5]])
+        user, _ = model.recall(now, memories)
+        torch.testing.assert_close(user, model.encode_user(now))
+
+
+def test_only_the_last_known_and_new_events_pass_the_layers(monkeypatch):
+    model = make(ITEMS)
+    times = [0, 10, 20, 30]
+    _, memories = model.recall(timed(batch_of(ITEMS, [[1, 2, 3]]), times[:3], [30]), [None])
+    read = []
+    monkeypatch.setattr(
+        model, "_input", lambda events, x: read.append(events.rows.values.tolist()) or HSTU._input(model, events, x)
+    )
+    model.recall(timed(batch_of(ITEMS, [[1, 2, 3, 4]]), times, [99]), memories)
+    assert read == [[3, 4]]
 
 
 # --- Stochastic Length ---

@@ -18,6 +18,7 @@ Differences from the public code, each a setting or stated here:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -35,9 +36,9 @@ from shortlist.layers.counting import popularity_order
 from shortlist.layers.dropout import Dropout
 from shortlist.layers.factors import beside_popularity
 from shortlist.layers.fields import ItemEncoder
-from shortlist.layers.hstu import HSTUBlockConfig, HSTUStack
+from shortlist.layers.hstu import HSTUBlock, HSTUBlockConfig, HSTUStack, KeysValues
 from shortlist.layers.next_item import NextItemConfig, NextItemLoss, SequenceLoss, last_of_rows, readable_rows
-from shortlist.models.base import Cost, Losses, RequestShape, VectorRetriever
+from shortlist.models.base import Cost, Losses, Memory, RequestShape, VectorRetriever
 from shortlist.registry import system
 
 
@@ -113,6 +114,10 @@ class Events(NamedTuple):
         times = self.time_T[keep_T], self.query_time_T[keep_T]
         return Events(rows, self.action_T[keep_T], *times, self.place_T[keep_T])
 
+    def marks(self) -> Tensor:
+        """int64 [T, 4]: all that is read of an event, to tell whether a memory is of the same events."""
+        return torch.stack([self.rows.values, self.action_T, self.time_T, self.query_time_T], dim=1)
+
 
 @system(
     "hstu",
@@ -186,27 +191,66 @@ class HSTU(VectorRetriever):
 
     def _query(self, events: Events, item_TD: Tensor) -> Tensor:
         """float [T, D]: what each event asks for, from it and the events before it, and the time of the one after it."""
-        rows = events.rows
+        x_TD, _ = self.stack(self._input(events, item_TD), sequences_of(events, events.rows, events.query_time_T))
+        return self.norm(x_TD)
+
+    def _input(self, events: Events, item_TD: Tensor) -> Tensor:
+        """float [T, D]: the tokens, from the items' vectors."""
         if self.actions is not None:
             item_TD = item_TD + self.actions(events.action_T)
         place_TD = self.places(events.place_T.clamp(max=self.max_history - 1))
-        sequences = Sequences(
-            offsets=rows.offsets,
-            query_offsets=rows.offsets,
-            num_history=rows.lengths,
-            position=events.place_T,
-            key_time=events.time_T,
-            query_time=events.query_time_T,
-        )
-        x_TD, _ = self.stack(self.dropout(item_TD * self.config.dim**0.5 + place_TD), sequences)
-        return self.norm(x_TD)
+        return self.dropout(item_TD * self.config.dim**0.5 + place_TD)
 
     def encode_user(self, batch: Batch) -> Tensor:
         """float32 [B, D + 1]: the last position's vector and 0; for users without a known event zeros and 1 (popularity)."""
         events = self._events(batch, readable_rows(self.items, batch.history.items))
-        query_TD = self.objective.query(self._query(events, self.items(events.rows.values)))
-        user_BD, has_history_B = last_of_rows(query_TD, events.rows)
+        return self._user(self._query(events, self.items(events.rows.values)), events.rows)
+
+    def _user(self, query_TD: Tensor, rows: Jagged) -> Tensor:
+        """float32 [B, D + 1] from what each event asks for; only the last event of each row is read."""
+        user_BD, has_history_B = last_of_rows(self.objective.query(query_TD), rows)
         return beside_popularity(user_BD, (~has_history_B).to(user_BD.dtype)).float()
+
+    @torch.no_grad()
+    def recall(self, batch: Batch, memories: Sequence[Memory | None]) -> tuple[Tensor, list[Memory | None]]:
+        """See Remembering: only events after those of the memory pass through the layers.
+
+        A memory holds each layer's keys and values of all events but the last, whose question knew the time of that request alone. It
+        is passed over where the history does not begin with its events, as when the window slid.
+        """
+        events = self._events(batch, readable_rows(self.items, batch.history.items))
+        rows, mark_T4 = events.rows, events.marks()
+        parts_B = mark_T4.split(rows.lengths.tolist())
+        fits = [
+            m if m is not None and begins_with(p, m["marks"]) else None for p, m in zip(parts_B, memories, strict=True)
+        ]
+        num_known_B = torch.tensor([0 if m is None else len(m["marks"]) for m in fits], device=rows.offsets.device)
+        is_new_T = rows.position_of_value >= num_known_B[rows.row_of_value]
+        fresh = events.only(is_new_T)
+        before = [self._remembered(fits, layer) for layer in range(len(self.stack.blocks))]
+        sequences = sequences_of(events, fresh.rows, fresh.query_time_T)
+        x_SD, known = self.stack(self._input(fresh, self.items(fresh.rows.values)), sequences, before)
+        user_BX = self._user(self.norm(x_SD), fresh.rows)
+        columns: dict[str, Tensor] = {"marks": mark_T4}
+        for layer, (k_THd, v_THe) in enumerate(known):
+            columns[f"k{layer}"], columns[f"v{layer}"] = k_THd, v_THe
+        cut = {name: column.split(rows.lengths.tolist()) for name, column in columns.items()}
+        # Clones: a view would keep the whole batch alive.
+        kept: list[Memory | None] = [
+            {name: part[b][:-1].clone() for name, part in cut.items()} if len(parts_B[b]) > 1 else None
+            for b in range(batch.size)
+        ]
+        return user_BX, kept
+
+    def _remembered(self, memories: Sequence[Memory | None], layer: int) -> KeysValues:
+        """Keys and values of a layer, of all memories end to end."""
+        block = self.stack.blocks[layer]
+        assert isinstance(block, HSTUBlock)
+        found = [m for m in memories if m is not None]
+        nothing = self.places.weight.new_zeros(0, block.heads, 1)
+        if not found:
+            return KeysValues(nothing.expand(0, -1, block.d), nothing.expand(0, -1, block.e))
+        return KeysValues(*(torch.cat([m[f"{name}{layer}"] for m in found]) for name in "kv"))
 
     def encode_items(self, rows: Tensor) -> Tensor:
         """float32 [n, D + 1]: the item's vector and its popularity in 0..1, which only users without history read."""
@@ -224,6 +268,24 @@ class HSTU(VectorRetriever):
             item_flops=2.0 * (config.dim + 1),
             bytes=4.0 * (0 if cached else weights + 2 * length * config.dim) + 4.0 * shape.num_items * (config.dim + 1),
         )
+
+
+def sequences_of(events: Events, fresh: Jagged, query_time_S: Tensor) -> Sequences:
+    """For attention of the newest events of each user, `fresh`, over all its events."""
+    rows = events.rows
+    return Sequences(
+        offsets=rows.offsets,
+        query_offsets=fresh.offsets,
+        num_history=rows.lengths,
+        position=events.place_T,
+        key_time=events.time_T,
+        query_time=query_time_S,
+    )
+
+
+def begins_with(mark_t4: Tensor, first_m4: Tensor) -> bool:
+    """Whether a user's events begin with those of a memory and go on after them."""
+    return len(mark_t4) > len(first_m4) and torch.equal(mark_t4[: len(first_m4)], first_m4)
 
 
 def next_times(time_T: Tensor, request_time_B: Tensor, rows: Jagged) -> Tensor:
