@@ -430,7 +430,7 @@ def changed_minds(num_users: int, *, num_groups: int = 20, length: int = 10) -> 
     return _pairs(group, time, pair[:, 1], pair[:, 0], rng, num_groups)
 
 
-def visits(num_users: int, *, num_groups: int = 20, length: int = 12) -> World:
+def visits(num_users: int, *, num_groups: int = 20, per_group: int = 10, length: int = 12) -> World:
     """Users who look at one group of items per visit, ten minutes apart; the newest visit's group wins over that of an earlier visit.
 
     A visit begins at a random place, at least once after the first event.
@@ -444,7 +444,8 @@ def visits(num_users: int, *, num_groups: int = 20, length: int = 12) -> World:
     group = np.take_along_axis(group_of_visit, visit, 1)
     time = 86_400 * visit + 600 * np.arange(length)
     earlier = (rng.random(num_users) * visit[:, -1]).astype(np.int64)
-    return _pairs(group, time, group[:, -1], group_of_visit[np.arange(num_users), earlier], rng, num_groups)
+    old = group_of_visit[np.arange(num_users), earlier]
+    return _pairs(group, time, group[:, -1], old, rng, num_groups, per_group)
 
 
 def _pairs(
