@@ -341,7 +341,7 @@ def test_finds_planted_tastes_through_the_summary():
     test = tastes_batch(300, torch.Generator().manual_seed(99))
     torch.manual_seed(0)
     model = VISTA(GROUPS, space_of(NUM_TASTES * PER_TASTE))
-    curve = train(model, tastes_batch, steps=100)
+    curve = train(model, tastes_batch, steps=150)
     right = share_right(model, test)
     assert right > 0.9, curve[::20]
     with torch.no_grad():
@@ -429,8 +429,9 @@ loss = "bce"
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ConfigError, match="multiple of num_heads"):
-        VISTA(VISTAConfig(dim=9), groups_space())
+    for heads in ({"num_heads": 4}, {"num_target_heads": 4}):
+        with pytest.raises(ConfigError, match=f"multiple of {next(iter(heads))}"):
+            VISTA(VISTAConfig(dim=9, **{"num_target_heads": 3, **heads}), groups_space())
 
 
 def test_nothing_in_the_past_and_jagged_rows_stand_together():

@@ -72,8 +72,10 @@ class VISTAConfig:
 
     dim: int = 32
     """Width of one embedding and of a summary token (paper: 256)."""
-    num_heads: int = 2
-    """Of both stages; divides dim."""
+    num_heads: int = 1
+    """Of the encoder; divides dim. What it sums up of a history is dim * dim / num_heads numbers, so fewer heads hold more."""
+    num_target_heads: int = 4
+    """Of stage 2, where candidates read the tokens, and of the decoder; divides dim (paper: 4)."""
     num_seeds: int = 16
     """Summary tokens per user (paper: 128)."""
     num_layers: int = 1
@@ -177,6 +179,8 @@ class TargetAttention(nn.Module):
 
     def __init__(self, width: int, num_heads: int, dropout: float) -> None:
         super().__init__()
+        if num_heads < 1 or width % num_heads:
+            raise ConfigError(f"dim must be a multiple of num_target_heads, got dim {width} and {num_heads} heads")
         self.num_heads = num_heads
         self.norm, self.norm_ffn = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query = nn.Linear(width, width)
@@ -293,9 +297,9 @@ class VISTA(Ranker):
         self.items = ItemEncoder(readable, D, id_dropout=config.id_dropout, table=config.table)
         self.marks = EventMarks(space, D, config.recency)
         self.encoder = SummaryEncoder(config.num_seeds, D, config.num_heads, config.num_layers, config.phi)
-        self.attention = TargetAttention(D, config.num_heads, config.dropout)
+        self.attention = TargetAttention(D, config.num_target_heads, config.dropout)
         self.head = CandidateHead(space, D, 3 * D, config.head, table=config.table)
-        self.decoder = Decoder(D, config.num_heads, config.num_reconstructed) if config.reconstruction else None
+        self.decoder = Decoder(D, config.num_target_heads, config.num_reconstructed) if config.reconstruction else None
 
     @property
     def summary_shape(self) -> tuple[int, int]:
