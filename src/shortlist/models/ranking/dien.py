@@ -48,12 +48,12 @@ from shortlist.data.samplers import PopularitySampler, draw_outside
 from shortlist.data.schema import Space
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
+from shortlist.layers.activation_unit import ActivationUnit
 from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.scoring import CandidateHead, EventMarks, HeadConfig, dense_bytes, linear_flops
 from shortlist.layers.time_major import TimeMajor, run_recurrent
 from shortlist.layers.towers import MLP, PReLU, RowNorm
 from shortlist.models.base import Cost, Losses, Memory, Ranker, RequestShape, Scores
-from shortlist.models.ranking.din import ActivationUnit
 from shortlist.registry import system
 
 Evolution = Literal["gru", "aigru", "agru", "augru", "augru-released"]

@@ -1,7 +1,7 @@
 """DIN: a user vector that depends on the candidate, by attention from the candidate over past behaviours.
 
-"Deep Interest Network for Click-Through Rate Prediction", Zhou et al., KDD 2018: the local activation unit (section 4.3), Dice
-(5.3, in layers/towers.py) and mini-batch aware regularisation (5.2).
+"Deep Interest Network for Click-Through Rate Prediction", Zhou et al., KDD 2018: the local activation unit (section
+4.3, in layers/activation_unit.py), Dice (5.3, in layers/towers.py) and mini-batch aware regularisation (5.2).
 
 Differences from the paper:
 1. Weights are normalised by a softmax over the history, scaled by sqrt(D), as in the authors' released code, from which the
@@ -17,8 +17,8 @@ Differences from the paper:
    rows read, whatever their counts, to compare with.
 6. One hidden layer of 16 in the activation unit by default (36 in the paper's figure): its width is what a step and a request cost.
 
-B requests, C most candidates of a request, t candidates end to end, E history events end to end, L longest history, p (candidate, event)
-pairs end to end, D width of a vector, P first hidden width of the activation unit, W of the tower, T tasks.
+B requests, C most candidates of a request, t candidates end to end, E history events end to end, L longest history, D width of a vector,
+W first layer of the tower, T tasks.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 
 from shortlist.data.batches import Batch, Candidates
 from shortlist.data.histories import View
@@ -36,6 +35,7 @@ from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
+from shortlist.layers.activation_unit import ActivationUnit as ActivationUnit
 from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.scoring import (
     CandidateHead,
@@ -46,7 +46,7 @@ from shortlist.layers.scoring import (
     dense_bytes,
     linear_flops,
 )
-from shortlist.layers.towers import MLP, Activation, Norm
+from shortlist.layers.towers import Activation, Norm
 from shortlist.models.base import Cost, Losses, Ranker, RequestShape, Scores
 from shortlist.registry import system
 
@@ -132,42 +132,6 @@ class DINConfig:
                 "din: weights must be softmax, none, sigmoid or uniform and loss softmax or bce, "
                 f"got weights={self.weights!r}, loss={self.loss!r}"
             )
-
-
-class ActivationUnit(nn.Module):
-    """a(k, q): how much the past event k matters for the candidate q, one number, from MLP([q, k, q - k, q * k]).
-
-    For one candidate the first linear map is linear in k: W [q, k, q - k, q * k] + b = (W2 - W3 + W4 diag(q)) k + (W1 + W3) q + b. So
-    all pairs of a request are one matrix product of its past with the candidates' matrices, a quarter of the plain work, and neither
-    the [.., 4 D] input nor any product q * k is made.
-    """
-
-    def __init__(self, dim: int, widths: tuple[int, ...], activation: Activation) -> None:
-        super().__init__()
-        self.dim = dim
-        self.mlp = MLP(4 * dim, widths, 1, activation=activation)
-        self.query_flops = 2 * dim * widths[0]
-        self.pair_flops = self.mlp.flops_per_row - 3 * self.query_flops
-
-    def plain(self, query_pD: Tensor, key_pD: Tensor) -> Tensor:
-        """[p] for pairs of candidate and event, by the formula as it stands."""
-        return self.mlp(torch.cat([query_pD, key_pD, query_pD - key_pD, query_pD * key_pD], dim=1)).squeeze(1)
-
-    def forward(self, query_BCD: Tensor, key_BLD: Tensor, is_pair_BLC: Tensor) -> Tensor:
-        """[B, L, C] for every event with every candidate of its request; any finite number where the mask is False."""
-        first = self.mlp.layers[0]
-        assert isinstance(first, nn.Linear)
-        w1_PD, w2_PD, w3_PD, w4_PD = first.weight.split(self.dim, dim=1)
-        matrix_BDCP = query_BCD.transpose(1, 2)[..., None] * w4_PD.T[:, None] + (w2_PD - w3_PD).T[:, None]
-        shift_BCP = linear(query_BCD, w1_PD + w3_PD, first.bias)
-        hidden_BLx = torch.baddbmm(shift_BCP.flatten(1)[:, None], key_BLD, matrix_BDCP.flatten(2))
-        hidden_BLCP = hidden_BLx.view(*is_pair_BLC.shape, len(w1_PD))
-        rest = self.mlp.layers[1:]
-        if not self.training:
-            return rest(hidden_BLCP).squeeze(3)
-        # Batch statistics (Dice) are over the pairs there are, not over padding.
-        output_p = rest(hidden_BLCP[is_pair_BLC]).squeeze(1)
-        return output_p.new_zeros(is_pair_BLC.shape).masked_scatter(is_pair_BLC, output_p)
 
 
 class DINState(NamedTuple):
