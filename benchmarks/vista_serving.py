@@ -61,9 +61,9 @@ keep = 100
 systems = ["vista"]
 [systems.vista]
 dim = 32
-num_seeds = 16
+num_seeds = 32
 max_history = 500
-num_recent = 16
+num_recent = 50
 """
 
 

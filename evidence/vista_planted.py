@@ -15,8 +15,8 @@ from vista_auc import judge as judge_auc
 CLAIM = Claim(
     name="vista_planted",
     systems=("vista", "din"),
-    claim="Where a person's tastes are spread over hundreds of events, sixteen summary tokens keep what attention over all of them finds "
-    "and the newest 50 events do not hold.",
+    claim="Where a person's tastes are spread over hundreds of events, thirty-two summary tokens keep what attention over all of them "
+    "finds and the newest 50 events do not hold.",
     data="Planted: 800 users with 600 events over 60 topics of 5 items; four tastes at a time, one of which changes every 240 events; a "
     "run of 60 events shows one of them, so 50 events seldom show two. Likes at 85 % to taste, at 15 % else. 24 events are a day",
     protocol=f"{PROTOCOL} probe: whether a ridge regression tells from the summary which topics fill 5 % of the history.",
