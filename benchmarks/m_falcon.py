@@ -140,6 +140,7 @@ def check(arms: Arms) -> float:
     """The largest difference of scores between an arm and the first one; an assertion where it is above EXACT."""
     reference, *others = (arm() for arm in arms.values())
     worst = max(float((other - reference).abs().max()) for other in others)
+    assert reference.std() > 1e3 * EXACT, "the scores hardly differ: agreement would say nothing"
     assert worst <= EXACT, f"the arms do not give the same scores: they differ by {worst:.1e}"
     return worst
 

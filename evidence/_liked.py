@@ -24,7 +24,7 @@ from torch import Tensor
 from shortlist.data.batches import Candidates, request_batch
 from shortlist.data.histories import Histories, Requests, View
 from shortlist.data.jagged import Jagged
-from shortlist.data.schema import FieldTable, Space
+from shortlist.data.schema import FieldTable, Sequence, Space
 from shortlist.evaluation.evidence import Lab
 from shortlist.metrics import auc, gauc, logloss
 from shortlist.models.base import Phase, Ranker, RequestShape, System
@@ -109,7 +109,8 @@ def ml1m(root: Path, num_users: int, most_events: int | None = None) -> Liked:
     events = events.filter(pl.col("count").is_between(20, most_events or 1 << 30))
     users = events["user_id"].unique().sort().to_numpy()
     chosen = np.random.default_rng(0).permutation(users)[:num_users]
-    return liked_of(events.filter(pl.col("user_id").is_in(chosen.tolist())))
+    movies = pl.read_parquet(root / "ml-1m" / "movies.parquet").select("movie_id", pl.col("genres").str.split("|"))
+    return liked_of(events.filter(pl.col("user_id").is_in(chosen.tolist())), movies)
 
 
 def planted(num_users: int = 300, length: int = 16) -> Liked:
@@ -126,10 +127,10 @@ def planted(num_users: int = 300, length: int = 16) -> Liked:
     return liked_of(pl.DataFrame(frame))
 
 
-def liked_of(events: pl.DataFrame) -> Liked:
-    """From events in each user's order: user_id, movie_id, action, window."""
+def liked_of(events: pl.DataFrame, movies: pl.DataFrame | None = None) -> Liked:
+    """From events in each user's order (user_id, movie_id, action, window) and films (movie_id, genres)."""
     _, user = np.unique(events["user_id"].to_numpy(), return_inverse=True)
-    movies, item = np.unique(events["movie_id"].to_numpy(), return_inverse=True)
+    ids, item = np.unique(events["movie_id"].to_numpy(), return_inverse=True)
     num_users, total = int(user.max()) + 1, len(user)
     offsets = np.concatenate([[0, 0], np.cumsum(np.bincount(user))]).astype(np.int64)
     place = np.arange(total) - offsets[user + 1]
@@ -142,10 +143,10 @@ def liked_of(events: pl.DataFrame) -> Liked:
         value=np.ones(total, dtype=np.float32),
     )
     window = events["window"].to_numpy().astype(np.int64)
-    known = torch.zeros(len(movies) + 1, dtype=torch.bool)
+    known = torch.zeros(len(ids) + 1, dtype=torch.bool)
     known[torch.from_numpy(histories.item[window == 0])] = True
     space = Space(
-        items=FieldTable(len(movies) + 1),
+        items=FieldTable(len(ids) + 1) if movies is None else genres_of(ids, movies),
         known_items=known,
         num_users=num_users,
         actions=("pass", "like"),
@@ -153,6 +154,16 @@ def liked_of(events: pl.DataFrame) -> Liked:
         has_clock=False,
     )
     return Liked(histories=histories, window_N=window, space=space, users=FieldTable(num_users + 1))
+
+
+def genres_of(ids: NDArray[np.int64], movies: pl.DataFrame) -> FieldTable:
+    """The films' genres as an item field; row 0 is the unknown film."""
+    names = movies["genres"].explode().unique().sort().to_list()
+    number = {name: place for place, name in enumerate(names, start=1)}
+    of_film = dict(zip(movies["movie_id"].to_list(), movies["genres"].to_list(), strict=True))
+    rows = [[], *([number[name] for name in of_film.get(film, [])] for film in ids.tolist())]
+    field = Sequence(name="genres", size=len(names))
+    return FieldTable(len(ids) + 1, (field,), {"genres": Jagged.from_rows(rows)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,7 +198,9 @@ def measured(lab: Lab, world: Liked, name: str, arm: LikedArm, seed: int, *, per
         if phase.feed == "next_event":
             # A step of either source holds about the same number of examples.
             users = max(1, round(config.batch_size * world.space.num_users / view.histories.num_events))
-            return NextEventSource(view, batch_size=users, max_history=system.max_history, seed=seed)
+            return NextEventSource(
+                view, batch_size=users, max_history=system.max_history, seed=seed, random_window=True
+            )
         return CandidateSource(
             world.histories,
             world.users,
