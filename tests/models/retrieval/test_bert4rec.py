@@ -40,7 +40,8 @@ def dense(model: BERT4Rec, rows_BL: torch.Tensor, is_mask_BL: torch.Tensor) -> t
     def norm(layer, t):
         return layer_norm(t, (config.dim,), layer.weight, layer.bias)
 
-    x = norm(model.norm_input, item + model.positions.weight[:L].flip(0))  # the last column has position 0
+    x = item + model.positions.weight[:L].flip(0)  # the last column has position 0
+    x = config.dim**0.5 * x if config.norm == "pre-ln" else norm(model.norm_input, x)
     for block in model.blocks:
         first, last = (m for m in block.ffn.layers if isinstance(m, torch.nn.Linear))
         asks = norm(block.norm_attention, x) if config.norm == "pre-ln" else x

@@ -2,7 +2,7 @@
 
 B users, total = all tokens of the batch end to end, P masked positions, n items (matrices have n + 1 rows), D width.
 
-    H0 = dropout(LN(item + position)), the item being [mask] where it is hidden               input
+    H0 = dropout(LN(item + position)), the item being [mask] where it is hidden               input; norm = "post-ln"
     X  = LN(X + MHA(X)); X = LN(X + FFN(X)), all positions read all others, L blocks          encoder_block.py, norm = "post-ln"
     Z  = LN(gelu(W H + b)) at masked positions; score of item i = Z . e_i + b_i, e_i the input's own table     head
     loss = cross-entropy over all items, mean over the masked positions                       next_item.py
@@ -16,7 +16,8 @@ as long, .158 (Petrov & Macdonald, RecSys 2022). What makes a step cheap here: n
 computed at masked positions alone.
 
 Differences from the paper:
-- a block normalises what it reads (norm = "pre-ln") unless told otherwise, since training has no warm-up;
+- unless norm = "post-ln", a block normalises what it reads, since training has no warm-up, and H0 = sqrt(D) (item + position) without a
+  layer norm, which leaves what the blocks add some weight beside it;
 - a group of events (a basket) is hidden as a whole and one mask stands for it, whose targets are all its items, so that none is
   predicted from the others;
 - new masks are drawn at every step in place of ten copies drawn once; hidden items are always [mask], as in the authors' code;
@@ -135,7 +136,7 @@ class BERT4Rec(VectorRetriever):
             self.items.id_dropout = 0.0  # a hidden id would leave nothing to learn from
         self.mask = nn.Parameter(torch.empty(config.dim))
         self.positions = nn.Embedding(config.max_history + 1, config.dim)
-        self.norm_input = nn.LayerNorm(config.dim)
+        self.norm_input = nn.LayerNorm(config.dim) if config.norm == "post-ln" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             EncoderBlock(
@@ -190,7 +191,8 @@ class BERT4Rec(VectorRetriever):
         from_end_T = rows.lengths.repeat_interleave(rows.lengths) - 1 - rows.position_of_value
         place_TD = self.positions(from_end_T.clamp(max=self.max_history))
         x_TD = torch.where(is_mask[:, None], self.mask.to(item_TD.dtype), item_TD)
-        x_TD = self.dropout(self.norm_input(x_TD + place_TD))
+        x_TD = x_TD + place_TD
+        x_TD = self.dropout(x_TD * self.config.dim**0.5 if self.norm_input is None else self.norm_input(x_TD))
         classes = LengthClasses.of(rows)
         for block in self.blocks[:-1]:
             x_TD = block(x_TD, classes, causal=False)
