@@ -139,6 +139,24 @@ def test_the_engine_reads_summaries_and_does_not_encode(live):
             assert "vista failed" in engine.recommend("stranger").degraded
 
 
+def test_what_a_request_is_said_to_cost_counts_the_encoder_only_where_it_worked(live):
+    def mflop(engine):
+        (stage,) = [stage for stage in engine.recommend("user-7").stages if stage.stage == "ranking"]
+        return stage.spent_mflop
+
+    with Engine(live, config=EngineConfig(memory_mib=0)) as engine:
+        encoded = mflop(engine)
+    refresh(live, live.folder)
+    with Engine(live, config=EngineConfig(memory_mib=0)) as engine:
+        kept = mflop(engine)
+    assert (encoded - kept) * 1e6 == pytest.approx(vista(live).encoder.flops(8) + 8 * item_flops(live), rel=1e-6)
+
+
+def item_flops(live):
+    """Of one item's vector: the linear maps of its fields."""
+    return sum(2 * m.weight.numel() for m in vista(live).items.modules() if isinstance(m, torch.nn.Linear))
+
+
 def test_without_a_file_histories_are_encoded_and_remembered(live):
     with Engine(live) as engine:
         assert engine.recommend("user-7").degraded is None

@@ -6,7 +6,7 @@ B requests, n items (row 0 = no item), d width of a vector, total = all candidat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -46,17 +46,22 @@ class Found(NamedTuple):
     """bool [B]: requests for which it gave NaN or infinite scores; their `best` is empty."""
 
 
-class Recall(NamedTuple):
-    """Where one system's memories of users are."""
+@dataclass(slots=True)
+class Recall:
+    """Where one system's memories of users are, for one batch."""
 
     name: str
     memories: Memories
     watch: Watch | None = None
     """Told of memories that were too old."""
+    share: float = 0.0
+    """Of the batch's requests, those that a memory was found for."""
 
     def __call__(self, system: Remembering, batch: Batch) -> Any:
         """The user side of a batch, from what is remembered; what the system gives is remembered in turn."""
-        state, kept = system.recall(batch, self.memories.get(self.name, batch.key))
+        found = self.memories.get(self.name, batch.key)
+        self.share = sum(memory is not None for memory in found) / len(found)
+        state, kept = system.recall(batch, found)
         self.memories.put(self.name, batch.key, kept)
         if self.watch is not None and isinstance(system, Remarking):
             self.watch.problems += [Problem(f"{self.name} {text}", mask_B) for mask_B, text in system.remarks(state)]
@@ -141,11 +146,21 @@ def search_flops(
     return 2 * cost.user_flops + cost.item_flops * num_candidates  # asked twice: to find and to score
 
 
-def score_flops(system: System, num_history: float, num_candidates: float, num_items: int) -> float:
-    """FLOPs per request of `score` or of a re-ranker; an ItemScorer can not score fewer items than all."""
-    cost = system.cost(_shape(system, num_history, num_candidates, num_items))
+def score_flops(
+    system: System, num_history: float, num_candidates: float, num_items: int, *, remembered: float = 0.0
+) -> float:
+    """FLOPs per request of `score` or of a re-ranker; an ItemScorer can not score fewer items than all.
+
+    Args:
+        remembered: share of requests whose user side went on from a memory.
+    """
+    shape = _shape(system, num_history, num_candidates, num_items)
+    cost = system.cost(shape)
     num_scored = num_items if isinstance(system, ItemScorer) else num_candidates
-    return cost.user_flops + cost.item_flops * num_scored
+    user = (1 - remembered) * cost.user_flops
+    if remembered:
+        user += remembered * system.cost(shape, cached=True).user_flops
+    return user + cost.item_flops * num_scored
 
 
 def _shape(system: System, num_history: float, num_candidates: float, num_items: int) -> RequestShape:

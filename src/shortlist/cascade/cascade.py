@@ -383,10 +383,10 @@ class Cascade:
                 raw[name], bad[name] = funnel.raw[name], torch.zeros_like(funnel.batch.user, dtype=torch.bool)
                 continue
             system = self.systems[name]
-            watch.flops += score_flops(system, *self._sizes(funnel))
-            given = watch.attempt(
-                name, partial(score, system, funnel.candidates(system.space), self._recall(name, watch))
-            )
+            recall = self._recall(name, watch)
+            given = watch.attempt(name, partial(score, system, funnel.candidates(system.space), recall))
+            remembered = 0.0 if recall is None else recall.share
+            watch.flops += score_flops(system, *self._sizes(funnel), remembered=remembered)
             if given is not None:
                 raw[name], bad[name] = finite(funnel.rows, given)
                 watch.note_bad(name, bad[name])
