@@ -61,8 +61,12 @@ def kept_of(
     row_T = torch.repeat_interleave(held.lengths)
     place_T = torch.arange(len(row_T), device=device) - held.offsets[row_T]
     index = (place_T < num_tokens_B[row_T]).nonzero()[:, 0]
-    keys_LTHd = torch.cat([memory["keys"] for memory in known], dim=1).index_select(1, index)
-    values_LTHe = torch.cat([memory["values"] for memory in known], dim=1).index_select(1, index)
+    keys_LTHd, values_LTHe = (
+        known[0][name] if len(known) == 1 else torch.cat([memory[name] for memory in known], dim=1)
+        for name in ("keys", "values")
+    )
+    if len(index) < len(row_T):
+        keys_LTHd, values_LTHe = keys_LTHd.index_select(1, index), values_LTHe.index_select(1, index)
     return Kept(kept_B, [KeysValues(k, v) for k, v in zip(keys_LTHd, values_LTHe)])
 
 
