@@ -3,6 +3,11 @@
 `shortlist prove vista_auc` (wants SHORTLIST_DATA); `vista_planted` asks the same of a world whose tastes lie far back. ML-1M is read in
 its exact order and without times: there a missing time means a low rating.
 
+Tried in previews of one seed, on validation, for about 1,000 steps of the film world, where full attention stood at .812 and VISTA at .806
+to .807: 16, 32 or 64 tokens, one or two heads of the encoder, keys four times as wide, no norm of what seeds read, batch norm as the last
+norm, and weights of .02 and .1 of the reconstruction were within .002 of one another; four heads in stage 2 and 50 in place of 16 recent
+events gave .0025 each at 450 steps. A weight of 1, or a gradient of the reconstruction into the items, cost more than .05 (planted).
+
 R requests, t candidates of all requests end to end, K summary tokens of D numbers.
 """
 
