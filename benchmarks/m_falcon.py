@@ -68,10 +68,11 @@ def model_of(size: Size) -> HSTURanker:
     known = torch.arange(NUM_ITEMS + 1) > 0
     space = Space(items=FieldTable(NUM_ITEMS + 1), known_items=known, num_users=1, actions=ACTIONS)
     model = HSTURanker(config, space).eval()
-    for block in model.stack.blocks:
-        torch.nn.init.normal_(block.project.weight, std=0.1)
-        torch.nn.init.normal_(block.position_bias, std=0.5)
-        torch.nn.init.normal_(block.time_bias, std=0.5)
+    spread = {"project.weight": 0.1, "position_bias": 0.5, "time_bias": 0.5}
+    for name, parameter in model.stack.named_parameters():
+        for ending, std in spread.items():
+            if name.endswith(ending):
+                torch.nn.init.normal_(parameter, std=std)
     return model
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ranking_support import batch_of, groups_batch, groups_space, rich_batch, rich_space, space_of, train
+from shortlist.cascade.config import RunConfig
 from shortlist.data.batches import Batch, History, NextTargets
 from shortlist.data.jagged import Jagged
 from shortlist.errors import ConfigError
@@ -705,3 +706,41 @@ def test_the_production_form_is_a_config():
     assert all(
         p.grad is not None for name, p in model.named_parameters() if name.startswith(("marks", "stack", "time"))
     )
+
+
+def test_settings_survive_a_cascade_s_toml():
+    text = """
+    [stages.retrieval]
+    systems = ["popularity"]
+    keep = 20
+    [stages.ranking]
+    systems = ["hstu-ranker"]
+    [systems.hstu-ranker]
+    tokens = "interleaved"
+    positive_actions = ["like", "buy"]
+    layers = { variant = "production", num_heads = 4, position_bias = false }
+    head = { widths = [512], loss = "bce" }
+    """
+    config = RunConfig.from_toml(text)
+    settings = config.systems["hstu-ranker"].settings
+    assert settings == HSTURankerConfig(
+        tokens="interleaved",
+        positive_actions=("like", "buy"),
+        layers=HSTUBlockConfig(variant="production", num_heads=4, position_bias=False),
+        head=HeadConfig(widths=(512,), loss="bce"),
+    )
+    assert RunConfig.from_toml(config.to_toml()).systems["hstu-ranker"].settings == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "gain"),
+    [
+        ({}, 1.0),
+        ({"learning": "candidates"}, 0.0),
+        ({"head": HeadConfig(loss="bce")}, 0.0),
+        ({"tokens": "interleaved", "positive_actions": ("like",)}, 0.0),
+    ],
+)
+def test_the_next_item_s_score_counts_from_the_start_only_where_it_is_learned_first(settings, gain):
+    model = HSTURanker(HSTURankerConfig(**settings), space_of(5, actions=ACTIONS))
+    assert model.match_gain.tolist() == [gain]
