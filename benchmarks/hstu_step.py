@@ -233,14 +233,15 @@ def main() -> None:
 
     def model_of(*, sparse: bool = False) -> HSTU:
         torch.manual_seed(0)
-        layers = HSTUBlockConfig(num_blocks=2, num_heads=1)
-        table = TableChoice(sparse=sparse)
         config = HSTUConfig(
             dim=arguments.dim,
             max_history=arguments.max_history,
+            loss="sampled_softmax",
             num_negatives=NUM_NEGATIVES,
-            layers=layers,
-            table=table,
+            normalise=True,
+            temperature=0.05,
+            layers=HSTUBlockConfig(num_blocks=2, num_heads=1),
+            table=TableChoice(sparse=sparse),
         )
         return HSTU(config, space)
 
@@ -248,7 +249,7 @@ def main() -> None:
     models["the same, row-wise Adam on the item table"] = model_of(sparse=True)
     padded = {name: PaddedHSTU(models[name], own_negatives=name == BASE) for name in (BASE, "padded, shared negatives")}
     losses = {
-        name: padded[name] if name in padded else lambda batch, m=model: m.losses(batch)["next"]  # type: ignore[misc]
+        name: padded[name] if name in padded else lambda batch, m=model: m.losses(batch)["next"]
         for name, model in models.items()
     }
     optimisers = {name: build_optimisers(model, TrainerConfig(weight_decay=0.0)) for name, model in models.items()}

@@ -19,12 +19,21 @@ RECIPE: dict[str, Any] = {
     "temperature": 0.05,
 }
 """Of the public code: the same width, loss and dropout for every arm."""
+FULL_SOFTMAX: dict[str, Any] = {
+    **RECIPE,
+    "loss": "full_softmax",
+    "normalise": False,
+    "temperature": 1.0,
+}
 SASREC, HSTU, WITHOUT_TIME, OWN_TIME = "SASRec, same loss", "HSTU", "HSTU without time bias", "HSTU, event's own time"
+SASREC_FULL, HSTU_FULL = "SASRec, full softmax", "HSTU, full softmax"
 ARMS = {
     HSTU: harness.NextItemArm(system="hstu", settings=RECIPE),
     SASREC: harness.NextItemArm(system="sasrec", settings=RECIPE),
     WITHOUT_TIME: harness.NextItemArm(system="hstu", settings={**RECIPE, "layers": HSTUBlockConfig(time_bias=False)}),
     OWN_TIME: harness.NextItemArm(system="hstu", settings={**RECIPE, "query_time": "own"}),
+    SASREC_FULL: harness.NextItemArm(system="sasrec", settings=FULL_SOFTMAX),
+    HSTU_FULL: harness.NextItemArm(system="hstu", settings=FULL_SOFTMAX),
 }
 FACTOR = 1.05
 
@@ -64,10 +73,12 @@ def judge(arms: Mapping[str, Arm], last_epoch: int, published: Mapping[str, floa
     data = next(iter(arms)).split(": ")[0]
     ndcg = {name.removeprefix(f"{data}: "): arm.metrics["ndcg@10"].mean for name, arm in arms.items()}
     ratio = ndcg[HSTU] / max(ndcg[SASREC], 1e-9)
-    lines = [
-        f"HSTU is {ratio:.2f} x SASRec under the same loss, {ndcg[WITHOUT_TIME] / max(ndcg[SASREC], 1e-9):.2f} x without the time bias "
-        f"and {ndcg[OWN_TIME] / max(ndcg[SASREC], 1e-9):.2f} x with each event's own time"
-    ]
+    ablations = {WITHOUT_TIME: "without the time bias", OWN_TIME: "with each event's own time"}
+    shares = [f"{ndcg[n] / max(ndcg[SASREC], 1e-9):.2f} x {how}" for n, how in ablations.items() if n in ndcg]
+    lines = [", ".join([f"HSTU is {ratio:.2f} x SASRec under the same loss", *shares])]
+    if HSTU_FULL in ndcg:
+        beside, itself = (ndcg[HSTU_FULL] / max(ndcg[name], 1e-9) for name in (SASREC_FULL, HSTU))
+        lines.append(f"With a full softmax HSTU is {beside:.2f} x SASRec and {itself:.2f} x itself")
     rising = [name for name, arm in arms.items() if 0 < last_epoch <= arm.cost.get("best_epoch", 0)]
     if rising:
         lines.append(f"{', '.join(rising)} still rose at the last epoch")

@@ -87,8 +87,10 @@ class _SharedSampledSoftmax(torch.autograd.Function):
                 share_Ck = share_Ck.to(query_Pd.dtype)
                 slope_t1 = slope_t.to(query_Pd.dtype)[:, None]
                 grad_negative_kd += share_Ck.T @ query_Cd
-                grad_query_Cd = share_Ck @ negative_kd
-                grad_query_Pd[start:stop] = grad_query_Cd.index_add_(0, place, slope_t1 * target_Td[targets], alpha=-1)
+                # Under autocast a product is half precision where its factors are not.
+                grad_query_Cd = (share_Ck @ negative_kd).to(query_Pd.dtype)
+                pull_td = (slope_t1 * target_Td[targets]).to(query_Pd.dtype)
+                grad_query_Pd[start:stop] = grad_query_Cd.index_add_(0, place, pull_td, alpha=-1)
                 grad_target_Td[targets] = -slope_t1 * query_Cd[place]
         ctx.save_for_backward(grad_query_Pd, grad_target_Td, grad_negative_kd)
         return total
