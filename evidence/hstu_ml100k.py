@@ -11,7 +11,7 @@ import _hstu as shared
 import _next_item as harness
 from shortlist.evaluation.evidence import Arm, Claim, Judgement, Lab
 
-SETTING = harness.Setting(data="ml-100k", arms=shared.ARMS, seeds=(0, 1, 2), batch_size=32, epochs=50, patience=6)
+SETTING = harness.Setting(data="ml-100k", arms=shared.ARMS, seeds=(0, 1, 2), batch_size=32, epochs=60, patience=10)
 QUICK = shared.quick_setting()
 
 CLAIM = Claim(
