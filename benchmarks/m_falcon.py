@@ -62,6 +62,7 @@ def model_of(size: Size) -> HSTURanker:
         dim=size.dim,
         tokens=size.tokens,  # type: ignore[arg-type]
         max_history=size.history + 1,
+        learning="both",  # so that the next item's score is part of the logits
         layers=block,
         micro_batch=size.micro_batch,
     )

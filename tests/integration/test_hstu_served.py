@@ -26,6 +26,7 @@ SMALLER = (
     "trainer.lr=0.01",
     "hstu.dim=16",
     "hstu-ranker.dim=16",
+    "hstu-ranker.learning=both",
     "hstu-ranker.generative_epochs=8",
     "hstu-ranker.micro_batch=7",
     "hstu-ranker.layers.num_blocks=2",

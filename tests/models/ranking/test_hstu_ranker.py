@@ -594,7 +594,8 @@ def ring_batch(size: int, draw: torch.Generator) -> Batch:
 def test_after_the_next_phase_candidates_are_in_order():
     """The score that the generative phase learned is part of the logits from the start: no candidate was seen in training."""
     torch.manual_seed(0)
-    model = HSTURanker(replace(LEARNER, objective=NextItemConfig(loss="full_softmax")), space_of(30))
+    config = replace(LEARNER, learning="both", objective=NextItemConfig(loss="full_softmax"))
+    model = HSTURanker(config, space_of(30))
     assert [phase.name for phase in model.phases()] == ["generative", "candidates"]
     draw = torch.Generator().manual_seed(1)
     descend(lambda: model.generative_losses(ring_batch(64, draw))["next"], model, 80)
@@ -622,7 +623,7 @@ def test_same_seed_same_model():
     curves = []
     for _ in range(2):
         torch.manual_seed(3)
-        model = HSTURanker(replace(LEARNER, dropout=0.2, id_dropout=0.1), groups_space())
+        model = HSTURanker(replace(LEARNER, dropout=0.2, id_dropout=0.1, learning="both"), groups_space())
         curves.append(train(model, groups_batch, steps=3))
     assert curves[0] == curves[1]
 
@@ -667,7 +668,7 @@ def test_cost_agrees_with_the_flop_counter(form):
         ({"tokens": "mixed"}, "tokens must be one of merged, interleaved"),
         ({"learning": "all"}, "learning"),
         ({"generative": "actions"}, "merged ones show the outcome"),
-        ({"places_from_end": True}, "learning"),
+        ({"places_from_end": True, "learning": "both"}, "learning"),
         ({"layers": HSTUBlockConfig(num_blocks=0)}, "num_blocks"),
         ({"head": HeadConfig(pair_bins=-1)}, "head.pair_bins"),
         ({"objective": NextItemConfig(temperature=0)}, "temperature"),
@@ -735,10 +736,10 @@ def test_settings_survive_a_cascade_s_toml():
 @pytest.mark.parametrize(
     ("settings", "gain"),
     [
-        ({}, 1.0),
-        ({"learning": "candidates"}, 0.0),
-        ({"head": HeadConfig(loss="bce")}, 0.0),
-        ({"tokens": "interleaved", "positive_actions": ("like",)}, 0.0),
+        ({}, 0.0),
+        ({"learning": "both"}, 1.0),
+        ({"learning": "both", "head": HeadConfig(loss="bce")}, 0.0),
+        ({"learning": "both", "tokens": "interleaved", "positive_actions": ("like",)}, 0.0),
     ],
 )
 def test_the_next_item_s_score_counts_from_the_start_only_where_it_is_learned_first(settings, gain):

@@ -8,8 +8,9 @@ M-FALCON: candidates see the history and themselves, not each other, and share o
 in one pass, in micro-batches over the same keys and values of the history, with the scores that each would get alone. Between requests
 of a user the keys and values of all events but the last are kept: the last one's bias looks ahead to the time of the request.
 
-Generative training, the first phase, learns at all positions of one sequence per user: the outcome at each item where actions name it
-("actions", interleaved tokens: exactly what scoring a candidate at that moment would compute), else the next item ("next").
+Generative training, a first phase where it is chosen, learns at all positions of one sequence per user: the outcome at each item where
+actions name it ("actions", interleaved tokens: exactly what scoring a candidate at that moment would compute), else the next item
+("next").
 
 Differences from the paper:
 1. The candidate's output goes through the tower of the other rankers, with pair fields; beside it stand the item, and the products
@@ -84,9 +85,10 @@ class HSTURankerConfig:
     """Share of token values dropped in training."""
     micro_batch: int = 128
     """Candidates of a request in one pass; the scores do not depend on it."""
-    learning: Learning = "both"
-    """both: first the generative phase, then candidates, as earlier stages let them through. generative: the first phase alone; wants
-    tasks that actions name, and reads no pair fields."""
+    learning: Learning = "candidates"
+    """candidates: what earlier stages let through, all of a request in one sequence. both: first the generative phase, which reads far
+    more events, but costs time and did not help where we tried it in a cascade. generative: that phase alone; wants tasks that actions
+    name, and reads no pair fields."""
     generative: Generative = "auto"
     """What the generative phase predicts: the outcome of every item (actions), the next item (next), or actions where they can be."""
     positive_actions: tuple[str, ...] = ()
