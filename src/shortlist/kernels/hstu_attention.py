@@ -16,6 +16,8 @@ keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +128,16 @@ def hstu_attention(
     alpha: float,
     divisor: float,
 ) -> Tensor:
-    """The same as `hstu_attention_reference`, in blocks. Half precision is computed in float32, since sums are not normalised."""
+    """The same as `hstu_attention_reference`: on a GPU with Triton by its kernels, else in blocks, in float32 where the input is half.
+
+    Sums are not normalised, so that half precision could not hold them; the kernels keep theirs in float32 too.
+    """
+    if q_SHd.is_cuda and has_triton():
+        from shortlist.kernels.hstu_triton import hstu_attention_triton
+
+        return hstu_attention_triton(
+            q_SHd, k_THd, v_THe, sequences, bias.position, bias.time, alpha=alpha, divisor=divisor
+        )
     if q_SHd.dtype in (torch.bfloat16, torch.float16):
         q_SHd, k_THd, v_THe = q_SHd.float(), k_THd.float(), v_THe.float()
     blocks = sequences.blocks
@@ -136,6 +147,12 @@ def hstu_attention(
             own_MHe = _own_pairs(q_SHd, k_THd, v_THe, blocks, bias, alpha) / divisor
             out_SHe = out_SHe.index_add(0, blocks.candidate, own_MHe)
     return out_SHe
+
+
+@cache
+def has_triton() -> bool:
+    """Whether the extra [gpu] is installed."""
+    return find_spec("triton") is not None
 
 
 def _own_pairs(q_SHd: Tensor, k_THd: Tensor, v_THe: Tensor, blocks: Blocks, bias: RelativeBias, alpha: float) -> Tensor:

@@ -29,6 +29,7 @@ from shortlist.data.samplers import (
 )
 from shortlist.data.schema import Space
 from shortlist.errors import ConfigError
+from shortlist.kernels.sampled_softmax import shared_sampled_softmax
 from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.losses import (
     bce_loss,
@@ -171,6 +172,8 @@ class NextItemLoss(nn.Module):
                 query_PD, self.vectors(all_items_ND), targets.items, targets.weight, allowed_N=self.candidates_N
             )
         negatives, log_expected = self._negatives(targets, history)
+        if config.loss == "sampled_softmax" and not self.is_in_batch and negatives.dim() == 1 and config.elu is None:
+            return self._fused(items, query_PD, targets, negatives)
         positive_T = self._activated(target_scores(query_PD, self.vectors(items(targets.items.values)), targets.items))
         negative_Pk = self._activated(negative_scores(query_PD, self.vectors(items(negatives))))
         negative_Pk = hide_hits(negative_Pk, negatives, targets.items)
@@ -192,6 +195,19 @@ class NextItemLoss(nn.Module):
                 penalty = config.score_penalty
                 return bpr_max_loss(positive_T, negative_Pk, targets.items, targets.weight, penalty=penalty)
         raise ConfigError(f"no next-item loss named {config.loss!r}")
+
+    def _fused(self, items: ItemVectors, query_PD: Tensor, targets: NextTargets, negatives_k: Tensor) -> Tensor:
+        """Sampled softmax against distinct negatives that all positions share, in one pass."""
+        rows, weight_T = targets.items, targets.weight * (targets.items.values != 0)
+        return shared_sampled_softmax(
+            query_PD,
+            self.vectors(items(rows.values)),
+            self.vectors(items(negatives_k)),
+            rows.row_of_value,
+            rows.values,
+            negatives_k,
+            weight_T / weight_T.sum().clamp(min=torch.finfo(weight_T.dtype).tiny),
+        )
 
     def _activated(self, scores: Tensor) -> Tensor:
         """Scores as the loss reads them: with the learned offset, through the activation."""
