@@ -1,4 +1,4 @@
-"""HSTU as a ranker: the formula by hand, M-FALCON against one by one, memories over many requests, what each position may know."""
+"""HSTU as a ranker: the formula by hand, M-FALCON against one by one, what each position may know, learning."""
 
 import math
 from dataclasses import replace
@@ -8,107 +8,33 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hstu_support import (
+    ACTIONS,
+    BLOCK,
+    FORMS,
+    HEAD,
+    INTERLEAVED,
+    OFFERED,
+    PAST,
+    SMALL_PRODUCTION,
+    TINY,
+    events,
+    made,
+    next_batch,
+    rich,
+    score_of,
+    with_candidates,
+)
 from ranking_support import batch_of, groups_batch, groups_space, rich_batch, rich_space, space_of, train
 from shortlist.cascade.config import RunConfig
-from shortlist.data.batches import Batch, History, NextTargets
+from shortlist.data.batches import Batch, NextTargets
 from shortlist.data.jagged import Jagged
 from shortlist.errors import ConfigError
 from shortlist.layers.hstu import HSTUBlockConfig
 from shortlist.layers.next_item import NextItemConfig
 from shortlist.layers.scoring import HeadConfig
-from shortlist.models.base import Remembering, RequestShape
+from shortlist.models.base import RequestShape
 from shortlist.models.ranking.hstu_ranker import PRODUCTION, HSTURanker, HSTURankerConfig
-
-BLOCK = HSTUBlockConfig(num_blocks=2, num_heads=2, block_dropout=0.0)
-HEAD = HeadConfig(widths=(16,), dropout=0.0, id_dropout=0.0, activation="relu")
-TINY = HSTURankerConfig(dim=8, max_history=6, layers=BLOCK, head=HEAD, dropout=0.0, id_dropout=0.0, micro_batch=2)
-INTERLEAVED = replace(TINY, tokens="interleaved", positive_actions=("like",))
-SMALL_PRODUCTION = replace(
-    HSTURankerConfig(**PRODUCTION),
-    dim=8,
-    max_history=6,
-    micro_batch=2,
-    layers=replace(PRODUCTION["layers"], num_blocks=2, num_heads=2, qk_dim=3, v_dim=5),
-)
-FORMS = {
-    "merged": TINY,
-    "interleaved": INTERLEAVED,
-    "prefix": replace(TINY, prefix=True, value_buckets=4),
-    "interleaved prefix": replace(INTERLEAVED, prefix=True),
-    "production layer": replace(TINY, layers=replace(BLOCK, variant="production", qk_dim=3, v_dim=5)),
-    "production": SMALL_PRODUCTION,
-}
-ACTIONS = ("view", "like", "buy")
-PAST = [[1, 2, 3, 4], [], [5, 5], [6], [7, 8, 9, 10, 1, 2, 3, 4]]
-OFFERED = [[1, 7, 9, 11, 12], [2, 11], [], [3, 12, 8, 4], [1, 2, 3, 4, 5, 6, 7]]
-
-
-def made(config: HSTURankerConfig = TINY, space=None, seed: int = 0) -> HSTURanker:
-    """A model whose biases and layers all have a say."""
-    torch.manual_seed(seed)
-    model = HSTURanker(config, space or rich_space(actions=ACTIONS))
-    for name, parameter in model.stack.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.4)
-    if model.tokens.unknown is not None:
-        torch.nn.init.normal_(model.tokens.unknown)
-    torch.nn.init.normal_(model.items.ids.rows.weight, std=0.3)
-    torch.nn.init.normal_(model.tokens.actions.out.weight, std=0.5)
-    return model.eval()
-
-
-def acting(batch: Batch, seed: int = 0) -> Batch:
-    """The same with random actions, worths and gaps from seconds to weeks."""
-    history, draw = batch.history, torch.Generator().manual_seed(seed)
-    total = len(history.items.values)
-    gap = (torch.rand(total, generator=draw) * 14).exp().long()
-    time = gap.cumsum(0)
-    last = torch.cat([time, time.new_zeros(1)])[history.items.offsets[1:] - 1]
-    history = replace(
-        history,
-        action=torch.randint(1, 4, (total,), generator=draw),
-        value=torch.randint(0, 9, (total,), generator=draw).float(),
-        time=time,
-    )
-    return replace(batch, history=history, time=torch.where(history.items.lengths > 0, last + 5_000, 7_000))
-
-
-def rich(past=PAST, offered=OFFERED) -> Batch:
-    return acting(rich_batch(past, offered))
-
-
-def events(batch: Batch, rows: list[tuple[int, slice]], later: int = 0) -> Batch:
-    """Requests that are parts of the histories of others, asked `later` seconds after the next event, or as the batch says."""
-    history, parts, times = batch.history, [], []
-    for row, cut in rows:
-        start, stop = history.items.offsets[row : row + 2].tolist()
-        index = torch.arange(start, stop)[cut]
-        after = int(index[-1]) + 1 if len(index) else start
-        times.append(int(history.time[after]) if after < stop and not later else int(batch.time[row]) + later)
-        parts.append(index)
-    where, lengths = torch.cat(parts), torch.tensor([len(part) for part in parts])
-    columns = {name: getattr(history, name)[where] for name in ("time", "action", "value", "group")}
-    chosen = torch.tensor([row for row, _ in rows])
-    return replace(
-        batch,
-        user=batch.user[chosen],
-        time=torch.tensor(times),
-        history=History(items=Jagged.from_lengths(history.items.values[where], lengths), **columns),
-        user_fields={name: column[chosen] for name, column in batch.user_fields.items()},
-        context={name: column[chosen] for name, column in batch.context.items()},
-        candidates=None,
-        labels={},
-    )
-
-
-def score_of(model: HSTURanker, batch: Batch, offered: list[list[int]]) -> torch.Tensor:
-    return model.score(with_candidates(batch, offered))["target"]
-
-
-def with_candidates(batch: Batch, offered: list[list[int]]) -> Batch:
-    rows = torch.tensor([row for rows in offered for row in rows], dtype=torch.int64)
-    pair = {"seen": rows / 12, "since": torch.cos(rows.float())}
-    return batch.with_candidates(Jagged.from_rows(offered), pair)
-
 
 # -- the formula -----------------------------------------------------------------------------------------------------
 
@@ -278,148 +204,7 @@ def test_training_bears_histories_that_are_all_empty():
         assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-# -- memories --------------------------------------------------------------------------------------------------------
-
-
-class Watched:
-    """A model, its memories by user, and how many tokens its layers were given at the last request."""
-
-    def __init__(self, model: HSTURanker) -> None:
-        self.model, self.kept, self.num_new = model, {}, 0
-        model.stack.register_forward_pre_hook(lambda module, given: setattr(self, "num_new", len(given[0])))
-
-    def ask(self, batch: Batch, names: list[str]) -> int:
-        """A request for these users, checked against no memory at all; the tokens that were made anew."""
-        state, kept = self.model.recall(batch, [self.kept.get(name) for name in names])
-        num_new = self.num_new
-        self.kept |= dict(zip(names, kept))
-        fresh = self.model.user_state(batch)
-        for mine, theirs in zip(
-            (*state[1:], *(t for kv in state.known for t in kv)), (*fresh[1:], *(t for kv in fresh.known for t in kv))
-        ):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
-        offered = with_candidates(batch, [[3, 9, 11]] * batch.size).candidates
-        torch.testing.assert_close(
-            self.model.score_candidates(state, offered)["target"],
-            self.model.score_candidates(fresh, offered)["target"],
-            rtol=0,
-            atol=1e-5,
-        )
-        return num_new
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("form", ["merged", "interleaved", "prefix", "interleaved prefix", "production layer"])
-def test_memories_over_a_user_s_requests(form):
-    """max_history is 6; tokens made anew are counted in events of k tokens, and F for the prefix where all is made anew."""
-    watched, batch = Watched(made(FORMS[form])), rich()
-    k, F = watched.model.tokens.per_event, watched.model.num_prefix
-    assert isinstance(watched.model, Remembering)
-
-    def ask(cut: slice, later: int = 0) -> int:
-        return watched.ask(events(batch, [(4, cut)], later), ["ann"])
-
-    assert ask(slice(0, 3)) == 3 * k + F  # nothing known yet
-    assert ask(slice(0, 4)) == 2 * k  # one event more: it, and the last one before
-    assert ask(slice(0, 4)) == k  # the same again: the last event looks ahead to the request
-    assert ask(slice(0, 4), later=999) == k  # the same later
-    assert ask(slice(0, 6)) == 3 * k  # two events more
-    assert ask(slice(0, 5)) == k  # the newest one is gone
-    assert ask(slice(0, 6)) == 2 * k
-    assert ask(slice(1, 7)) == 6 * k + F  # the window slid: all anew
-    assert ask(slice(1, 7), later=5) == k
-    assert ask(slice(0, 0)) == F  # everything is gone
-    assert watched.kept["ann"] is None
-    assert ask(slice(0, 1)) == k + F
-    assert ask(slice(0, 2)) == 2 * k + F  # of one event nothing was kept
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("form", ["merged", "interleaved"])
-def test_memories_notice_what_changed_in_the_past(form):
-    watched = Watched(made(FORMS[form]))
-    k, batch = watched.model.tokens.per_event, events(rich(), [(4, slice(0, 6))])
-    watched.ask(batch, ["ann"])
-    history = batch.history
-    at = torch.arange(6)
-    changes = [
-        (4, replace(history, items=history.items.with_values(history.items.values + (at == 2)))),  # events 2 to 5
-        (3, replace(history, action=torch.where(at == 3, history.action % 3 + 1, history.action))),
-        # The event before a moved one looks ahead to another time: 3, 4 and 5.
-        (3, replace(history, time=history.time + (at >= 4))),
-        (5, replace(history, value=history.value + (at == 1))),
-    ]
-    for num_events, changed in changes:
-        watched.ask(batch, ["ann"])
-        assert watched.ask(replace(batch, history=changed), ["ann"]) == num_events * k
-    keep = at != 2
-    columns = {name: getattr(history, name)[keep] for name in ("time", "action", "value", "group")}
-    gone = History(items=Jagged.from_lengths(history.items.values[keep], torch.tensor([5])), **columns)
-    watched.ask(batch, ["ann"])
-    assert watched.ask(replace(batch, history=gone), ["ann"]) == 4 * k  # the event before the gap, and three after it
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("form", ["merged", "interleaved prefix"])
-def test_memories_of_a_batch_are_each_user_s_own(form):
-    watched, batch = Watched(made(FORMS[form])), rich()
-    names = ["a", "b", "c", "d", "e"]
-    whole = [slice(0, 3), slice(None), slice(0, 1), slice(None), slice(0, 5)]
-    watched.ask(events(batch, list(enumerate(whole))), names)
-    assert [name for name in names if watched.kept[name] is not None] == ["a", "e"]
-    new = watched.ask(events(batch, list(enumerate([slice(None)] * 5))), names)
-    k, F = watched.model.tokens.per_event, watched.model.num_prefix
-    # a: 4 events, 2 known; b: none; c: 2 new; d: 1 new; e: 8 events of which the window keeps 6 others.
-    assert new == k * (2 + 0 + 2 + 1 + 6) + 4 * F
-    stranger = watched.ask(
-        events(batch, [(0, slice(None)), (3, slice(None))]), ["nobody", "a"]
-    )  # a's memory is not d's past
-    assert stranger == k * (4 + 1) + 2 * F
-
-
-@torch.no_grad()
-def test_another_context_makes_a_prefix_anew():
-    watched, batch = Watched(made(FORMS["prefix"])), events(rich(), [(0, slice(None))])
-    watched.ask(batch, ["ann"])
-    assert watched.ask(batch, ["ann"]) == 1
-    hour = replace(batch, context={**batch.context, "hour": batch.context["hour"] + 1})
-    assert watched.ask(hour, ["ann"]) == 4 + watched.model.num_prefix
-    assert Watched(made()).ask(hour, ["ann"]) == 4  # without a prefix the tower alone reads it
-
-
-@torch.no_grad()
-def test_a_memory_holds_no_more_than_it_says():
-    _, kept = made(FORMS["interleaved"]).recall(rich(), [None] * 5)
-    for memory in filter(None, kept):
-        for tensor in memory.values():
-            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-
-
-@torch.no_grad()
-def test_marks_of_the_request_leave_nothing_to_keep():
-    model, batch = made(SMALL_PRODUCTION), rich()
-    state, kept = model.recall(batch, [None] * 5)
-    assert kept == [None] * 5
-    torch.testing.assert_close(state.user_BD, model.user_state(batch).user_BD)
-
-
 # -- generative training ---------------------------------------------------------------------------------------------
-
-
-def next_batch(batch: Batch) -> Batch:
-    """Supervised at every event that ends a group, by the item after it (the first one of the row after the last)."""
-    rows = batch.history.items
-    target = torch.roll(rows.values, -1)
-    position = torch.arange(len(rows.values))
-    return replace(
-        batch,
-        context={},
-        targets=NextTargets(
-            position=position,
-            items=Jagged.from_lengths(target, torch.ones_like(position)),
-            weight=torch.ones(len(position)),
-        ),
-    )
 
 
 @torch.no_grad()
