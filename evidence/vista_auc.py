@@ -51,7 +51,8 @@ PROTOCOL = (
     "Per user in order: 80 % training, 10 % validation, 10 % test; requests of 20 (validation and test 10) consecutive events as "
     "candidates with the history before the first of them, so no summary holds a later event; up to 500 past events, each liked or "
     "not. Full attention and VISTA have the same embeddings, stage 2, tower and epochs. VISTA's learning rate and shape were "
-    "chosen in previews on validation, full attention's rate was tried at one value on ML-1M: the tuning favours VISTA; binary cross-entropy; epoch by validation AUC, test once; 3 seeds. auc_lag_k: from int8 "
+    "chosen in previews on validation, full attention's rate was tried at one value on ML-1M: the tuning favours VISTA; binary "
+    "cross-entropy; epoch by validation AUC, test once; 3 seeds. auc_lag_k: from int8 "
     "summaries that lack the newest k events, all else equal."
 )
 BAR = f"Means over seeds: AUC of VISTA >= full target attention - {QUALITY}; int8 loses <= {INT8}."
