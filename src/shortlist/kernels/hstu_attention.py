@@ -257,6 +257,7 @@ class _Blocked(torch.autograd.Function):
         alpha: float,
         divisor: float,
     ) -> Tensor:
+        """float [S, H, e]."""
         ctx.save_for_backward(q_SHd, k_THd, v_THe, position, time)
         ctx.blocks, ctx.alpha, ctx.divisor = blocks, alpha, divisor
         tables, work = _Tables(position, time, blocks), _Work(q_SHd)

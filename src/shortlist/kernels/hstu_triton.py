@@ -26,7 +26,9 @@ TABLE_COPIES = 64
 
 
 @triton.jit
-def _bucket(seconds, thresholds, num_buckets):
+def _bucket(
+    seconds: Any, thresholds: Any, num_buckets: Any,
+) -> Any:  # fmt: skip
     """floor(ln(max(|seconds|, 1)) / 0.301), exact: an estimate in float32, set right by the whole seconds at which buckets begin."""
     magnitude = tl.maximum(tl.abs(seconds), 1)
     guess = (tl.log(magnitude.to(tl.float32)) * (1.0 / 0.301)).to(tl.int32)
@@ -38,27 +40,11 @@ def _bucket(seconds, thresholds, num_buckets):
 
 @triton.jit
 def _scores(
-    q_Md,
-    k_Nd,
-    own_M,
-    place_N,
-    num_keys,
-    num_history,
-    real_M,
-    position_M,
-    query_time_M,
-    position,
-    key_time,
-    key_start,
-    w_position,
-    w_time,
-    thresholds,
-    alpha,
-    reach,
-    num_buckets,
-    HAS_POSITION: tl.constexpr,
+    q_Md: Any, k_Nd: Any, own_M: Any, place_N: Any, num_keys: Any, num_history: Any, real_M: Any,
+    position_M: Any, query_time_M: Any, position: Any, key_time: Any, key_start: Any, w_position: Any,
+    w_time: Any, thresholds: Any, alpha: Any, reach: Any, num_buckets: Any, HAS_POSITION: tl.constexpr,
     HAS_TIME: tl.constexpr,
-):
+) -> Any:  # fmt: skip
     """Scores before SiLU [M, N], which of them count, and the rows of the two tables that they read."""
     real_N = place_N < num_keys
     score_MN = tl.dot(q_Md, tl.trans(k_Nd), input_precision="ieee") * alpha
@@ -80,33 +66,11 @@ def _scores(
 
 @triton.jit
 def _forward(
-    q,
-    k,
-    v,
-    out,
-    offsets,
-    query_offsets,
-    history,
-    position,
-    key_time,
-    query_time,
-    w_position,
-    w_time,
-    thresholds,
-    alpha,
-    inverse,
-    reach,
-    num_buckets,
-    H: tl.constexpr,
-    d: tl.constexpr,
-    e: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    HAS_POSITION: tl.constexpr,
-    HAS_TIME: tl.constexpr,
-):
+    q: Any, k: Any, v: Any, out: Any, offsets: Any, query_offsets: Any, history: Any, position: Any,
+    key_time: Any, query_time: Any, w_position: Any, w_time: Any, thresholds: Any, alpha: Any, inverse: Any,
+    reach: Any, num_buckets: Any, H: tl.constexpr, d: tl.constexpr, e: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr,
+) -> Any:  # fmt: skip
     row, head = tl.program_id(1) // H, tl.program_id(1) % H
     query_start = tl.load(query_offsets + row)
     num_queries = (tl.load(query_offsets + row + 1) - query_start).to(tl.int32)
@@ -163,7 +127,9 @@ def _forward(
 
 
 @triton.jit
-def _slope(score_MN, sees_MN, back_Me, v_NE, inverse):
+def _slope(
+    score_MN: Any, sees_MN: Any, back_Me: Any, v_NE: Any, inverse: Any,
+) -> Any:  # fmt: skip
     """Gradient of the scores: what comes back through V, times SiLU's derivative."""
     sigma_MN = tl.sigmoid(score_MN)
     through_MN = tl.dot(back_Me, tl.trans(v_NE), input_precision="ieee") * inverse
@@ -172,37 +138,12 @@ def _slope(score_MN, sees_MN, back_Me, v_NE, inverse):
 
 @triton.jit
 def _backward_queries(
-    q,
-    k,
-    v,
-    back,
-    grad_q,
-    grad_position,
-    grad_time,
-    offsets,
-    query_offsets,
-    history,
-    position,
-    key_time,
-    query_time,
-    w_position,
-    w_time,
-    thresholds,
-    alpha,
-    inverse,
-    reach,
-    num_buckets,
-    num_copies,
-    H: tl.constexpr,
-    d: tl.constexpr,
-    e: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    HAS_POSITION: tl.constexpr,
-    HAS_TIME: tl.constexpr,
-):
+    q: Any, k: Any, v: Any, back: Any, grad_q: Any, grad_position: Any, grad_time: Any, offsets: Any,
+    query_offsets: Any, history: Any, position: Any, key_time: Any, query_time: Any, w_position: Any,
+    w_time: Any, thresholds: Any, alpha: Any, inverse: Any, reach: Any, num_buckets: Any, num_copies: Any,
+    H: tl.constexpr, d: tl.constexpr, e: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr,
+) -> Any:  # fmt: skip
     row, head = tl.program_id(1) // H, tl.program_id(1) % H
     query_start = tl.load(query_offsets + row)
     num_queries = (tl.load(query_offsets + row + 1) - query_start).to(tl.int32)
@@ -268,35 +209,12 @@ def _backward_queries(
 
 @triton.jit
 def _backward_keys(
-    q,
-    k,
-    v,
-    back,
-    grad_k,
-    grad_v,
-    offsets,
-    query_offsets,
-    history,
-    position,
-    key_time,
-    query_time,
-    w_position,
-    w_time,
-    thresholds,
-    alpha,
-    inverse,
-    reach,
-    num_buckets,
-    H: tl.constexpr,
-    d: tl.constexpr,
-    e: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    HAS_POSITION: tl.constexpr,
-    HAS_TIME: tl.constexpr,
-):
+    q: Any, k: Any, v: Any, back: Any, grad_k: Any, grad_v: Any, offsets: Any, query_offsets: Any,
+    history: Any, position: Any, key_time: Any, query_time: Any, w_position: Any, w_time: Any,
+    thresholds: Any, alpha: Any, inverse: Any, reach: Any, num_buckets: Any, H: tl.constexpr,
+    d: tl.constexpr, e: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    HAS_POSITION: tl.constexpr, HAS_TIME: tl.constexpr,
+) -> Any:  # fmt: skip
     row, head = tl.program_id(1) // H, tl.program_id(1) % H
     key_start = tl.load(offsets + row)
     num_keys = (tl.load(offsets + row + 1) - key_start).to(tl.int32)
@@ -388,6 +306,7 @@ class _Attention(torch.autograd.Function):
         alpha: float,
         divisor: float,
     ) -> Tensor:
+        """float [S, H, e]."""
         q_SHd, k_THd, v_THe = q_SHd.contiguous(), k_THd.contiguous(), v_THe.contiguous()
         out_SHe = torch.empty(len(q_SHd), *v_THe.shape[1:], dtype=v_THe.dtype, device=v_THe.device)
         ctx.save_for_backward(q_SHd, k_THd, v_THe, position, time)

@@ -19,7 +19,7 @@ class Dropout(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float like `x`: in training each element is 0 with chance `rate`, else divided by 1 - rate."""
+        """Float (*) like `x`: in training each element is 0 with chance `rate`, else divided by 1 - rate."""
         if not self.training or not self.rate:
             return x
         if x.device.type != "cpu":

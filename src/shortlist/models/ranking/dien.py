@@ -238,7 +238,7 @@ class DIEN(Ranker):
         self.buffer("popular_N", counts_N.to(self.popular_N))
 
     def user_state(self, batch: Batch) -> DIENState:
-        """See DIENState."""
+        """See DIENState: states of E events (E, H) and the request's side (B, W)."""
         history = batch.history.last(self.max_history)
         return self._state(batch, history, self.items(history.items.values))
 

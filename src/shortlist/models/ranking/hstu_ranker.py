@@ -248,7 +248,7 @@ class HSTURanker(Ranker):
     # -- the history -------------------------------------------------------------------------------------------------
 
     def user_state(self, batch: Batch) -> HSTUState:
-        """See HSTUState."""
+        """See HSTUState: keys and values of T events (T, H, d) and the request's side (B, W)."""
         past = self._past(batch)
         return self._encode(batch, past, self._layout(past), self._prefix(batch))[0]
 

@@ -220,7 +220,7 @@ class MIMN(Ranker):
         return history.items.with_values(self.marks(self.encoder(history.items.values), history, time_B))
 
     def user_state(self, batch: Batch) -> MIMNState:
-        """See MIMNState."""
+        """See MIMNState: memories and their keys, and the request's side (B, W)."""
         events = self.events(batch.history.last(self.max_history), batch.time)
         return self._state(batch, self.cell.run(self.cell.empty(batch.size), events))
 

@@ -197,7 +197,7 @@ class SDIM(Ranker):
         return Buckets.of(signature_EG, event_ED, rows.row_of_value, rows.num_rows, self.num_values)
 
     def user_state(self, batch: Batch) -> SDIMState:
-        """See SDIMState."""
+        """See SDIMState: sums per bucket (B, G, U, D) and the request's side (B, W)."""
         return self._state(batch, self.buckets(batch.history.last(self.max_history), batch.time))
 
     def _state(self, batch: Batch, buckets: Buckets) -> SDIMState:

@@ -359,7 +359,7 @@ class VISTA(Ranker):
     # -- stage 2: candidates read summaries --------------------------------------------------------------------------
 
     def user_state(self, batch: Batch) -> VISTAState:
-        """From the request's own history: newest max_history events are encoded, in training without the newest few."""
+        """Summary tokens (B, K, D) of the request's own history: its newest max_history events, in training without the newest few."""
         history = batch.history.last(self.max_history)
         if not self.training:
             return self.state(self.stream(history), batch)
