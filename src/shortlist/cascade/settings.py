@@ -18,7 +18,8 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from shortlist.errors import ConfigError
+from shortlist.embeddings.base import TableChoice, table_class
+from shortlist.errors import ConfigError, ShortlistError
 
 T = TypeVar("T")
 Plain = Mapping[str, Any]
@@ -39,6 +40,8 @@ def build(cls: type[T], values: Plain, where: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"[{where}] must be a table of settings, got {values!r}")
+    if issubclass(cls, TableChoice) and "name" in values:
+        cls = _settings_of_table(values["name"], where)
     types_of = _types(cls)
     refuse_unknown(values, types_of, where)
     for f in fields(cls):  # type: ignore[arg-type]
@@ -48,6 +51,14 @@ def build(cls: type[T], values: Plain, where: str) -> T:
     try:
         return cls(**checked)
     except ConfigError as error:
+        raise ConfigError(f"[{where}] {error}") from error
+
+
+def _settings_of_table(name: Any, where: str) -> Any:
+    """Settings class of the embedding table of that name."""
+    try:
+        return table_class(str(name)).Config
+    except ShortlistError as error:
         raise ConfigError(f"[{where}] {error}") from error
 
 

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from shortlist.data.batches import Batch, Candidates, History
+from shortlist.data.histories import View
 from shortlist.data.schema import Numeric, Space
 from shortlist.embeddings.base import Table, TableChoice, dropped_ids, make_table
 from shortlist.errors import ConfigError, DataError
@@ -86,11 +88,20 @@ class RequestEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.id_dropout = id_dropout
-        self.user_fields = FieldEmbeddings(space.user_fields, dim)
-        self.context_fields = FieldEmbeddings(space.context_fields, dim)
+        self.user_fields = FieldEmbeddings(space.user_fields, dim, table=table)
+        self.context_fields = FieldEmbeddings(space.context_fields, dim, table=table)
         self.user_ids = make_table(space.num_users + 1, dim, table) if use_user_ids else None
         num_vectors = len(self.user_fields.fields) + len(self.context_fields.fields) + int(use_user_ids)
         self.width = num_vectors * dim
+
+    def count_ids(self, view: View) -> None:
+        """See Counted: events of each user, and of each value of the users' fields; those of a context are not in a view."""
+        users = view.users.num_rows
+        count = torch.from_numpy(np.diff(view.histories.offsets)[:users].astype(np.int64))
+        count = nn.functional.pad(count, (0, users - len(count)))
+        if self.user_ids is not None:
+            self.user_ids.prepare(count)
+        self.user_fields.prepare(view.users.columns, count)
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 [B, width]."""

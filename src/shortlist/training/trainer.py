@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from shortlist.data.batches import Batch
 from shortlist.data.histories import View
+from shortlist.embeddings.base import finish_tables, prepare_tables
 from shortlist.errors import ConfigError, DataError, ShortlistError, SnapshotError
 from shortlist.models.base import Losses, Phase, System, load_weights
 from shortlist.training.checkpoint import (
@@ -141,7 +142,8 @@ def fit(
 ) -> TrainReport:
     """Train `system` in place and leave it in evaluation mode with its best weights.
 
-    Runs `system.prepare(view)`, then each phase: its `before`, then epochs over its source, or its own `learn` in their place.
+    Tells tables made by counts what they need, runs `system.prepare(view)`, then each phase: its `before`, then epochs over its
+    source, or its own `learn` in their place. In the end tables drop what only training needed.
     Validation, early stopping and the return of the best weights belong to the last phase; earlier ones run all their epochs, since
     their goal is another one.
 
@@ -162,7 +164,9 @@ def fit(
         Progress(shown=progress, title=type(system).__name__) as shown,
     ):
         run = _Run(system, view, source_of, config, validate, folder, combine, shown, interrupt)
-        return run.finish()
+        report = run.finish()
+    finish_tables(system)
+    return report
 
 
 class _Run:
@@ -203,6 +207,7 @@ class _Run:
         """Train from wherever the run stands to the end."""
         torch.manual_seed(self.config.seed)
         if not self._restore():
+            prepare_tables(self.system, self.view)
             self.system.prepare(self.view)
             self._enter_phase(0)
         reason = self.place.stopped
