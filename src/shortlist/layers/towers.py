@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shortlist.errors import ConfigError
+from shortlist.layers.adaptive import AdaptiveLinear, APGConfig
 
 Activation = Literal["relu", "silu", "gelu", "sigmoid", "prelu", "dice"]
 Norm = Literal["none", "batch", "layer"]
@@ -28,6 +29,8 @@ class MLP(nn.Module):
         activation: applied after every hidden layer.
         dropout: share of hidden units set to 0 in training.
         norm: of hidden layers, before the activation. Batch statistics are over all rows.
+        apg: makes the hidden layers' weights per row (layers/adaptive.py), where it is not off.
+        condition_width: width of what they are made from; 0 = each layer's own input.
 
     Raises ConfigError for widths below 1, no layer at all, or a dropout outside 0..1.
     """
@@ -41,6 +44,8 @@ class MLP(nn.Module):
         activation: Activation = "relu",
         dropout: float = 0.0,
         norm: Norm = "none",
+        apg: APGConfig | None = None,
+        condition_width: int = 0,
     ) -> None:
         super().__init__()
         all_widths = [in_width, *widths] + ([out_width] if out_width is not None else [])
@@ -50,21 +55,48 @@ class MLP(nn.Module):
             raise ConfigError(f"dropout must be from 0 to below 1, got {dropout}")
         self.in_width = in_width
         self.out_width = all_widths[-1]
-        self.flops_per_row = mlp_flops(all_widths)
         layers: list[nn.Module] = []
-        for before, after in pairwise([in_width, *widths]):
-            layers.append(nn.Linear(before, after, bias=norm != "batch"))  # batch norm has its own shift
+        self.gated_after: list[int] = []
+        for place, (before, after) in enumerate(pairwise([in_width, *widths])):
+            has_bias = norm != "batch"  # batch norm has its own shift
+            if apg is None or apg.mode == "off":
+                layers.append(nn.Linear(before, after, bias=has_bias))
+            else:
+                own = not condition_width
+                layers.append(
+                    AdaptiveLinear(before, after, apg, condition_width or before, bias=has_bias, norm=own and place > 0)
+                )
             layers += _norm(norm, after)
             layers.append(make_activation(activation, after))
+            self.gated_after.append(len(layers) - 1)
             if dropout:
                 layers.append(nn.Dropout(dropout))
         if out_width is not None:
             layers.append(nn.Linear(all_widths[-2], out_width))
         self.layers = nn.Sequential(*layers)
+        self.flops_per_row = sum(
+            layer.flops_per_row if isinstance(layer, AdaptiveLinear) else 2 * layer.weight.numel()
+            for layer in layers
+            if isinstance(layer, AdaptiveLinear | nn.Linear)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """float [*, out_width] for x [*, in_width]; each row alone, but for batch statistics in training."""
         return self.layers(x)
+
+    def gated(self, x: Tensor, gates: Sequence[Tensor] | None, condition: Tensor | None = None) -> Tensor:
+        """As `forward` for x [rows, in_width], with activations times gates and adaptive layers by their condition.
+
+        Args:
+            gates: [rows, width] per hidden layer, applied after its activation; None = none.
+            condition: [rows, condition_width]; None = each layer's own input.
+        """
+        at = dict(zip(self.gated_after, gates, strict=True)) if gates is not None else {}
+        for number, layer in enumerate(self.layers):
+            x = layer(x, condition) if isinstance(layer, AdaptiveLinear) else layer(x)
+            if number in at:
+                x = x * at[number]
+        return x
 
 
 def mlp_flops(widths: Sequence[int]) -> int:
