@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from shortlist.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RuleChoice:
+    """How the gradients of several tasks become one step; part of the trainer's settings."""
+
+    rule: str = "sum"
+    """Registered name of the gradient rule: sum, pcgrad, gradvac, cagrad, mgda, imtl-g, nash-mtl, gradops, or one of your own."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Its settings by name, such as {alpha = -1} for gradops."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +55,12 @@ class TrainerConfig:
     """Time between checkpoints inside an epoch; one is also written at the end of every epoch. 0 = after every step."""
     deterministic: bool = True
     """Same seed, same machine, same result: operations that add in an undefined order are replaced by slower ones."""
+    gradients: RuleChoice = field(default_factory=RuleChoice)
+    """What becomes of the tasks' gradients of shared parameters, where a system has several losses."""
+    task_weights: tuple[float, ...] = ()
+    """Weight of each task's loss, in the order of the tasks; empty = all 1."""
+    task_decay: tuple[float, ...] = ()
+    """Factor by which each task's weight changes from one epoch to the next (PLE, section 4.3); empty = none."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "validate_every"):
@@ -58,3 +75,20 @@ class TrainerConfig:
                 raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"patience must be at least 1, got {self.patience}; leave it out to train all epochs")
+        for name in ("task_weights", "task_decay"):
+            if any(not value > 0 for value in getattr(self, name)):
+                raise ConfigError(f"{name} must all be above 0, got {list(getattr(self, name))}")
+
+    def deciding(self) -> dict[str, Any]:
+        """Settings by name that decide a training's result, as plain tables. What came later than checkpoints and folders of training
+        state stands there only where it is set, so that older ones still fit."""
+        table = asdict(self)
+        plain = TrainerConfig()
+        for name in LATER:
+            if getattr(self, name) == getattr(plain, name):
+                del table[name]
+        return table
+
+
+LATER = ("gradients", "task_weights", "task_decay")
+"""Settings added after the first release of checkpoints."""

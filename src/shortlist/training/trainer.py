@@ -37,6 +37,7 @@ from shortlist.training.checkpoint import (
 )
 from shortlist.training.config import TrainerConfig
 from shortlist.training.context import Interrupt, chosen_device, deterministic, only
+from shortlist.training.gradients.base import backward, make_rule
 from shortlist.training.optimisers import build_optimisers, clip_gradients
 from shortlist.training.progress import Progress
 from shortlist.training.sources import BatchSource
@@ -120,6 +121,8 @@ class _Place:
     """Validations since the best."""
     seconds: float = 0.0
     curve: list[dict[str, Any]] = field(default_factory=list)
+    rule: dict[str, Any] = field(default_factory=dict)
+    """What the gradient rule keeps between steps."""
     stopped: Stopped | None = None
     """Set when all is done and the best weights are back."""
 
@@ -194,6 +197,8 @@ class _Run:
         self.settings = _settings(system, config, self.phases)
         self.place = _Place()
         self.best: Tensors | None = None
+        self.rule = make_rule(config.gradients)
+        self.shared: list[nn.Parameter] = []
         self.optimisers: list[Optimizer] = []
         self.recent: list[dict[str, Tensor]] = []
         self.saved_optimisers: list[dict[str, Any]] = []
@@ -225,6 +230,7 @@ class _Run:
         """Do the work before a phase and note that it is done."""
         self.place.phase, self.place.epoch, self.place.step, self.place.sums = phase, 0, 0, {}
         self.optimisers, self.saved_optimisers = [], []
+        self.rule, self.place.rule = make_rule(self.config.gradients), {}
         before = self.phases[phase].before if phase < len(self.phases) else None
         if before is not None:
             before(self.view)
@@ -279,6 +285,8 @@ class _Run:
             self.optimisers = build_optimisers(self.system, self.config, parameters)
             for optimiser, state in zip(self.optimisers, self.saved_optimisers):
                 optimiser.load_state_dict(state)
+            trained = {id(p) for p in parameters}
+            self.shared = [p for p in unique(self.system.shared_parameters()) if id(p) in trained]
             done = self.place.epoch * steps + self.place.step
             self.shown.begin(phase.name, epochs=epochs, steps=steps, done=done)
             while self.place.epoch < epochs:
@@ -353,14 +361,18 @@ class _Run:
             losses = phase.losses(batch)
             if not losses:
                 raise ConfigError(f"{self.name}, phase {phase.name!r}: losses() gave no loss")
+            losses = self._weighed(phase, losses)
             loss = self.combine(losses)
         if not loss.requires_grad:
             raise ConfigError(
                 f"{self.name}, phase {phase.name!r}: the loss depends on none of the parameters this phase trains"
             )
         self.system.zero_grad(set_to_none=True)
-        loss.backward()
         seen = {"": loss.detach(), **{task: value.detach() for task, value in losses.items()}}
+        if self.rule is None or len(losses) < 2:
+            loss.backward()
+        else:
+            seen |= backward(self.rule, losses, self.shared)
         if self.config.clip_norm is not None:
             seen["gradient norm"] = clip_gradients(parameters, self.config.clip_norm)
         for optimiser in self.optimisers:
@@ -368,6 +380,22 @@ class _Run:
         self.recent.append(seen)
         self.place.step += 1
         self.place.total_steps += 1
+
+    def _weighed(self, phase: Phase, losses: Losses) -> Losses:
+        """Losses of several tasks, each times its weight in this epoch."""
+        config = self.config
+        if len(losses) < 2 or not (config.task_weights or config.task_decay):
+            return losses
+        for name in ("task_weights", "task_decay"):
+            if getattr(config, name) and len(getattr(config, name)) != len(losses):
+                raise ConfigError(
+                    f"{self.name}, phase {phase.name!r}: {name} has {len(getattr(config, name))} numbers for the tasks "
+                    f"{', '.join(losses)}; give one each"
+                )
+        weights = config.task_weights or (1.0,) * len(losses)
+        decay = config.task_decay or (1.0,) * len(losses)
+        by_task = [weight * factor**self.place.epoch for weight, factor in zip(weights, decay)]
+        return {task: loss * weight for (task, loss), weight in zip(losses.items(), by_task)}
 
     def _look(self, phase: Phase) -> None:
         """Read the losses since the last look, add them up, and refuse to go on from NaN or infinity."""
@@ -477,6 +505,7 @@ class _Run:
             return
         self.place.seconds += self._lap()
         self.began_at = time.monotonic()
+        self.place.rule = {} if self.rule is None else self.rule.state()
         checkpoint = Checkpoint(
             settings=self.settings,
             place=asdict(self.place),
@@ -502,6 +531,8 @@ class _Run:
             ) from error
         self.system.to(self.device)
         self.place = _Place(**checkpoint.place)
+        if self.rule is not None and self.place.rule:
+            self.rule.load_state(self.place.rule)
         for name, parameter in self.system.named_parameters():
             parameter.requires_grad_(name not in self.place.frozen)
         self.best, self.saved_optimisers = checkpoint.best, checkpoint.optimisers
@@ -524,6 +555,11 @@ class _Run:
         )
 
 
+def unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Each parameter once, in order of first appearance."""
+    return list({id(p): p for p in parameters}.values())
+
+
 def _weights(system: System) -> Tensors:
     """A copy of parameters and persistent buffers."""
     return {name: tensor.detach().clone() for name, tensor in system.state_dict().items()}
@@ -532,11 +568,11 @@ def _weights(system: System) -> Tensors:
 def _settings(system: System, config: TrainerConfig, phases: Iterable[Phase]) -> dict[str, Any]:
     """What must be the same when a run is resumed, as plain JSON."""
     own = asdict(system.config) if is_dataclass(system.config) and not isinstance(system.config, type) else {}
-    trainer = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
+    trainer = {name: value for name, value in config.deciding().items() if name not in FREE_SETTINGS}
     return {
         "system": type(system).__name__,
         "phases": [phase.name for phase in phases],
-        **{f"trainer.{name}": value for name, value in trainer.items()},
+        **{f"trainer.{name}": json.loads(json.dumps(value)) for name, value in trainer.items()},
         **{f"system.{name}": json.loads(json.dumps(value, default=str)) for name, value in own.items()},
     }
 
