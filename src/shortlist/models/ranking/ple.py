@@ -145,6 +145,7 @@ class PLE(Ranker):
         first, *deeper = self._levels()
         outputs = first(self.first(state, self.input.candidates(candidates), candidates.rows.row_of_value))
         for level, maps in zip(deeper, self.deeper):
+            assert isinstance(maps, nn.ModuleList)
             outputs = level([m(outputs[group]) for m, group in zip(maps, level.map_inputs)])
         return self.towers(outputs)
 
@@ -153,16 +154,19 @@ class PLE(Ranker):
         return task_losses(self.score(batch), batch, self.config.loss)
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        """All that several tasks' losses reach: the input, every level but the last, and the last one's shared experts.
-
-        A task's experts below the last level count too: the shared gate passes them on to all tasks.
+        """All that several tasks' losses reach. The input; below the last level all experts and the shared gate, since that gate passes
+        them on to all tasks; a task's gate where a shared gate two levels above still sees its mixture; the last level's shared experts.
         """
-        num_tasks = len(self.space.tasks)
-        banks = [self.first.maps, *self.deeper]
+        num_groups, num_levels = len(self.space.tasks) + 1, self.config.num_levels
         parts: list[nn.Module] = [self.input]
-        for level, bank in zip(self._levels()[:-1], banks):
-            parts += [level, bank]
-        parts += [self._levels()[-1].experts[num_tasks], banks[-1][num_tasks]]
+        for number, (level, bank) in enumerate(zip(self._levels(), [self.first.maps, *self.deeper])):
+            assert isinstance(bank, nn.ModuleList)
+            maps = list(bank)
+            if number == num_levels - 1:
+                parts += [level.experts[-1], maps[num_groups - 1]]
+            else:
+                parts += [level.experts, *maps[:num_groups], maps[-1]]
+                parts += maps[num_groups:-1] if number < num_levels - 2 else []
         return [p for part in parts for p in part.parameters()]
 
     def cost(self, shape: RequestShape, cached: bool = False) -> Cost:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, cast, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ class GradientRule(ABC):
     Config: ClassVar[type]
     by_matrix: bool = False
     """Each parameter tensor is combined on its own; else all of them together."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     @abstractmethod
     def weigh(self, gram_TT: Floats, place: int) -> Floats:
@@ -88,14 +91,13 @@ def make_rule(choice: RuleChoice) -> GradientRule | None:
                 f"gradient rule {choice.rule} has no setting {name!r}; it has {', '.join(known) or 'none'}"
             )
     try:
-        settings = TypeAdapter(entry.cls.Config).validate_python(dict(choice.settings))
+        settings: Any = TypeAdapter(entry.cls.Config).validate_python(dict(choice.settings))
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(
             f"gradient rule {choice.rule}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
         ) from error
-    rule = cast(GradientRule, entry.cls(settings))
-    return None if choice.rule == "sum" else rule
+    return None if choice.rule == "sum" else entry.cls(settings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,9 +43,9 @@ class CAGrad(GradientRule):
         num_tasks, c = len(gram_TT), self.config.c
         mean_T = np.full(num_tasks, 1 / num_tasks)
         slope_T = gram_TT @ mean_T
-        radius = c * float(np.sqrt(max(slope_T.mean(), 0.0)))
+        radius = c * float(np.sqrt(max(float(slope_T.mean()), 0.0)))
         worst_T = on_simplex(gram_TT, slope_T, radius)
-        length = float(np.sqrt(max(worst_T @ gram_TT @ worst_T, 0.0)))
+        length = float(np.sqrt(max(float(worst_T @ gram_TT @ worst_T), 0.0)))
         if length <= 0.0:  # no direction helps every task
             return mean_T
         return (mean_T + radius / length * worst_T) / (1 + c)
