@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from shortlist.data.batches import Batch, Candidates, History
 from shortlist.data.histories import View
+from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Numeric, Space
 from shortlist.embeddings.base import Table, TableChoice, dropped_ids, make_table
 from shortlist.errors import ConfigError, DataError
+from shortlist.layers.adaptive import APGConfig
 from shortlist.layers.fields import FieldEmbeddings
+from shortlist.layers.gates import GateConfig, PriorFields, TowerGates, prior_groups, start_at_one
 from shortlist.layers.losses import binary_loss, softmax_ranking_loss
 from shortlist.layers.towers import MLP, Activation, Norm
 
@@ -60,15 +63,94 @@ class SplitMLP(nn.Module):
         assert isinstance(first, nn.Linear)
         return first
 
-    def request_side(self, request_BR: Tensor) -> Tensor:
-        """float32 [B, W]: the request's share of the first layer, bias included."""
+    def request_side(self, request_BR: Tensor, batch: Batch | None = None) -> Tensor:
+        """float32 [B, W]: the request's share of the first layer, bias included; `batch` is not read."""
         return nn.functional.linear(request_BR, self._first.weight[:, : self.request_width], self._first.bias)
 
-    def forward(self, request_BW: Tensor, candidate_tV: Tensor, row_of_t: Tensor) -> Tensor:
-        """float32 [t, out_width] for what `request_side` gave, candidates [t, V], and the request of each [t] int64."""
+    def forward(
+        self, request_BW: Tensor, candidate_tV: Tensor, row_of_t: Tensor, items_t: Tensor | None = None
+    ) -> Tensor:
+        """float32 [t, out_width] for what `request_side` gave, candidates [t, V], and the request of each [t] int64.
+
+        `items_t` is not read."""
         hidden_tW = nn.functional.linear(candidate_tV, self._first.weight[:, self.request_width :])
         hidden_tW = hidden_tW + request_BW[row_of_t]
         return self.mlp.layers[1:](hidden_tW)
+
+
+class GatedMLP(nn.Module):
+    """A SplitMLP with gates (layers/gates.py), generated weights (layers/adaptive.py), or both.
+
+    What depends on the request alone is looked up once per request; the tower itself runs per candidate, its first layer included, since
+    gates and generated weights see the candidate.
+    """
+
+    def __init__(
+        self, space: Space, request_width: int, blocks: Sequence[int], out_width: int, config: HeadConfig
+    ) -> None:
+        super().__init__()
+        self.request_width = request_width
+        groups = prior_groups(config.gates, config.widths)
+        if config.apg.fields and config.apg.mode != "off":
+            groups["apg"] = (config.apg.fields, config.apg.dim)
+        self.priors = PriorFields(space, groups, id_dropout=config.gates.id_dropout)
+        self.gates = TowerGates(blocks, config.widths, config.gates, self.priors)
+        start_at_one(self.priors)
+        self.mlp = MLP(
+            sum(blocks),
+            config.widths,
+            out_width,
+            activation=config.activation,
+            dropout=config.dropout,
+            norm=config.norm,
+            apg=config.apg,
+            condition_width=self.priors.width("apg") if "apg" in groups else 0,
+        )
+        self.request_flops = 0
+        self.candidate_flops = self.mlp.flops_per_row + linear_flops(self.gates)
+
+    def request_side(self, request_BR: Tensor, batch: Batch | None = None) -> Tensor:
+        """float32 [B, R + ...]: the request's side of the input, then what the gates know of the request."""
+        assert batch is not None
+        return torch.cat([request_BR, self.priors.request(batch)], dim=1)
+
+    def forward(
+        self, request_BX: Tensor, candidate_tV: Tensor, row_of_t: Tensor, items_t: Tensor | None = None
+    ) -> Tensor:
+        """float32 [t, out_width]; as SplitMLP, with the candidates' catalogue rows [t] int64."""
+        assert items_t is not None
+        request_tX = request_BX[row_of_t]
+        priors = self.priors(request_tX[:, self.request_width :], items_t)
+        x_tX = self.gates.input(torch.cat([request_tX[:, : self.request_width], candidate_tV], dim=1), priors)
+        return self.mlp.gated(x_tX, self.gates.hidden(x_tX, priors), priors.get("apg"))
+
+
+def make_tower(
+    space: Space, request_blocks: Sequence[int], candidate_blocks: Sequence[int], config: HeadConfig
+) -> SplitMLP | GatedMLP:
+    """The tower that a head's settings ask for, with one output per task.
+
+    Args:
+        request_blocks: widths of the fields of the request's side; empty blocks are left out.
+        candidate_blocks: the same of the candidate's side.
+    """
+    blocks = [width for width in (*request_blocks, *candidate_blocks) if width]
+    if config.gates.any or config.apg.mode != "off":
+        return GatedMLP(space, sum(request_blocks), blocks, len(space.tasks), config)
+    return SplitMLP(
+        sum(request_blocks),
+        sum(candidate_blocks),
+        config.widths,
+        len(space.tasks),
+        activation=config.activation,
+        dropout=config.dropout,
+        norm=config.norm,
+    )
+
+
+def blocks_of(width: int, dim: int) -> list[int]:
+    """A width as fields of `dim` columns where it divides, else as one field."""
+    return [dim] * (width // dim) if width % dim == 0 else [width]
 
 
 class RequestEncoder(nn.Module):
@@ -215,6 +297,10 @@ class HeadConfig:
     """Bins of the piecewise-linear curve that each pair field may take; 0 = linear."""
     loss: RankingLoss = "softmax"
     """softmax over a request's candidates; bce gives scores that are logits of a probability. Rows with one candidate use bce."""
+    gates: GateConfig = GateConfig()  # noqa: RUF009  (frozen)
+    """Gates on the tower's input and hidden units: SENet, EPNet, PPNet, LHUC."""
+    apg: APGConfig = APGConfig()  # noqa: RUF009  (frozen)
+    """Hidden layers with weights made per row."""
 
     def check(self, system: str) -> None:
         """Raises ConfigError, in the name of `system`, where a number is out of range."""
@@ -248,26 +334,20 @@ class CandidateHead(nn.Module):
             space, dim, use_user_ids=config.use_user_ids, id_dropout=config.id_dropout, table=table
         )
         self.pair = PairFeatures(space.pair_fields, config.pair_bins)
-        self.tower = SplitMLP(
-            self.request.width,
-            width + self.pair.width,
-            config.widths,
-            len(space.tasks),
-            activation=config.activation,
-            dropout=config.dropout,
-            norm=config.norm,
+        self.tower = make_tower(
+            space, blocks_of(self.request.width, dim), [*blocks_of(width, dim), self.pair.width], config
         )
         self.request_flops = linear_flops(self.request) + self.tower.request_flops
         self.candidate_flops = self.tower.candidate_flops
 
     def request_side(self, batch: Batch) -> Tensor:
-        """float32 [B, W]: the request's share of the tower's first layer, made once per request."""
-        return self.tower.request_side(self.request(batch))
+        """float32 [B, W]: the request's share of the tower's first layer (with gates: of its input), made once per request."""
+        return self.tower.request_side(self.request(batch), batch)
 
     def forward(self, request_BW: Tensor, candidates: Candidates, candidate_tV: Tensor) -> dict[str, Tensor]:
         """Logits [t] per task for what the model found out about the candidates, [t, V]."""
         side_tV = torch.cat([candidate_tV, self.pair(candidates.pair, len(candidate_tV))], dim=1)
-        logit_tT = self.tower(request_BW, side_tV, candidates.rows.row_of_value)
+        logit_tT = self.tower(request_BW, side_tV, candidates.rows.row_of_value, candidates.rows.values)
         return dict(zip(self.tasks, logit_tT.unbind(1), strict=True))
 
     def losses(self, scores: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
@@ -278,8 +358,8 @@ class CandidateHead(nn.Module):
 def task_losses(scores: Mapping[str, Tensor], batch: Batch, loss: RankingLoss) -> dict[str, Tensor]:
     """One loss per task from logits [t]: "softmax" over each request's candidates, or "bce" per candidate.
 
-    In a tabular batch, where no request has two candidates, a softmax has nothing to compare: such a batch takes "bce".
-    DataError names a task without labels.
+    In a tabular batch, where no request has two candidates, a softmax has nothing to compare: such a batch takes "bce". A label that is
+    NaN is not known: the task's loss is the mean over the candidates whose label is. DataError names a task without labels.
     """
     rows = batch.candidate_rows
     missing = [task for task in scores if task not in batch.labels]
@@ -287,9 +367,20 @@ def task_losses(scores: Mapping[str, Tensor], batch: Batch, loss: RankingLoss) -
         raise DataError(
             f"the batch has no labels for {missing}; label every task of the space or drop it from the tasks"
         )
-    if loss == "bce" or int(rows.lengths.max() if rows.num_rows else 0) < 2:
-        return {task: binary_loss(score, batch.labels[task], batch.weight) for task, score in scores.items()}
-    return {task: softmax_ranking_loss(score, batch.labels[task], rows, batch.weight) for task, score in scores.items()}
+    binary = loss == "bce" or int(rows.lengths.max() if rows.num_rows else 0) < 2
+    losses = {}
+    for task, score in scores.items():
+        label, weight, listed = batch.labels[task], batch.weight, rows
+        known = ~label.isnan()
+        if not known.all():
+            listed = Jagged.from_lengths(
+                rows.values[known], torch.bincount(rows.row_of_value[known], minlength=rows.num_rows)
+            )
+            score, label, weight = score[known], label[known], None if weight is None else weight[known]
+        losses[task] = (
+            binary_loss(score, label, weight) if binary else softmax_ranking_loss(score, label, listed, weight)
+        )
+    return losses
 
 
 def linear_flops(*modules: nn.Module) -> int:

@@ -36,7 +36,9 @@ from shortlist.data.schema import Space
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.activation_unit import ActivationUnit as ActivationUnit
+from shortlist.layers.adaptive import APGConfig
 from shortlist.layers.fields import ItemEncoder
+from shortlist.layers.gates import GateConfig
 from shortlist.layers.scoring import (
     CandidateHead,
     EventMarks,
@@ -98,6 +100,10 @@ class DINConfig:
     """(candidate, event) pairs, padding included, in memory at a time when scoring; training holds all of a batch's for its gradient."""
     table: TableChoice = TableChoice()  # noqa: RUF009  (frozen)
     """Which table holds the id rows."""
+    gates: GateConfig = GateConfig()  # noqa: RUF009  (frozen)
+    """Gates on the tower's input and hidden units: SENet, EPNet, PPNet, LHUC."""
+    apg: APGConfig = APGConfig()  # noqa: RUF009  (frozen)
+    """The tower's hidden layers with weights made per row."""
 
     def head(self) -> HeadConfig:
         """Settings of the tower."""
@@ -110,6 +116,8 @@ class DINConfig:
             id_dropout=self.id_dropout,
             pair_bins=self.pair_bins,
             loss=self.loss,
+            gates=self.gates,
+            apg=self.apg,
         )
 
     def __post_init__(self) -> None:

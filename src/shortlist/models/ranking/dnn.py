@@ -21,15 +21,19 @@ from shortlist.data.jagged import segment_mean
 from shortlist.data.schema import Space
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
+from shortlist.layers.adaptive import APGConfig
 from shortlist.layers.fields import ItemEncoder
+from shortlist.layers.gates import GateConfig
 from shortlist.layers.scoring import (
     EventMarks,
+    HeadConfig,
     PairFeatures,
     RankingLoss,
     RequestEncoder,
-    SplitMLP,
+    blocks_of,
     dense_bytes,
     linear_flops,
+    make_tower,
     task_losses,
 )
 from shortlist.layers.towers import Activation, Norm
@@ -65,6 +69,21 @@ class DNNConfig:
     """Bins of the piecewise-linear curve that each pair field may take; 0 = linear."""
     table: TableChoice = TableChoice()  # noqa: RUF009  (frozen)
     """Which table holds the id rows."""
+    gates: GateConfig = GateConfig()  # noqa: RUF009  (frozen)
+    """Gates on the tower's input and hidden units: SENet, EPNet, PPNet, LHUC."""
+    apg: APGConfig = APGConfig()  # noqa: RUF009  (frozen)
+    """Hidden layers with weights made per row."""
+
+    def tower(self) -> HeadConfig:
+        """Settings of the tower."""
+        return HeadConfig(
+            widths=self.widths,
+            activation=self.activation,
+            dropout=self.dropout,
+            norm=self.norm,
+            gates=self.gates,
+            apg=self.apg,
+        )
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.max_history < 1 or self.pair_bins < 0:
@@ -101,14 +120,11 @@ class DNN(Ranker):
             space, config.dim, use_user_ids=config.use_user_ids, id_dropout=config.id_dropout, table=config.table
         )
         self.pair = PairFeatures(space.pair_fields, config.pair_bins)
-        self.head = SplitMLP(
-            self.request.width + config.dim,
-            config.dim + self.pair.width,
-            config.widths,
-            len(space.tasks),
-            activation=config.activation,
-            dropout=config.dropout,
-            norm=config.norm,
+        self.head = make_tower(
+            space,
+            blocks_of(self.request.width + config.dim, config.dim),
+            [config.dim, self.pair.width],
+            config.tower(),
         )
 
     def user_state(self, batch: Batch) -> Tensor:
@@ -116,14 +132,14 @@ class DNN(Ranker):
         history = batch.history.last(self.max_history)
         past_ED = self.marks(self.items(history.items.values), history, batch.time)
         pooled_BD = segment_mean(past_ED, history.items.row_of_value, batch.size)
-        return self.head.request_side(torch.cat([self.request(batch), pooled_BD], dim=1))
+        return self.head.request_side(torch.cat([self.request(batch), pooled_BD], dim=1), batch)
 
     def score_candidates(self, state: Tensor, candidates: Candidates) -> Scores:
         """Logits [t] per task."""
         rows = candidates.rows
         pair_tV = self.pair(candidates.pair, len(rows.values))
         candidate_tV = torch.cat([self.items(rows.values), pair_tV], dim=1)
-        logit_tT = self.head(state, candidate_tV, rows.row_of_value)
+        logit_tT = self.head(state, candidate_tV, rows.row_of_value, rows.values)
         return dict(zip(self.space.tasks, logit_tT.unbind(1)))
 
     def losses(self, batch: Batch) -> Losses:
