@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from shortlist.cascade.candidates import Blocked
+from shortlist.cascade.config import Surface
 from shortlist.cascade.indexing import find_nearest
+from shortlist.cascade.tasks import page_scores
 from shortlist.cascade.watch import Problem, Watch
 from shortlist.data.batches import Batch
 from shortlist.data.jagged import Jagged
@@ -113,13 +115,16 @@ def search(
     raise ConfigError(f"{type(system).__name__} is a {system.kind} and can not search the catalogue")
 
 
-def score(system: System, batch: Batch, recall: Recall | None = None) -> Tensor:
-    """float32 [total]: what the system orders the batch's candidates by; a ranker's first task. `recall` as in `search`."""
+def score(system: System, batch: Batch, recall: Recall | None = None, surface: Surface | None = None) -> Tensor:
+    """float32 [total]: what the system orders the batch's candidates by; of a ranker its tasks as the surface combines them, without one
+    the first. `recall` as in `search`."""
     if isinstance(system, Ranker):
         state = _recalled(system, batch, recall)
         if state is not None and batch.candidates is not None:
-            return system.score_candidates(state, batch.candidates)[system.space.tasks[0]]
-        return system.score(batch)[system.space.tasks[0]]
+            scores = system.score_candidates(state, batch.candidates)
+        else:
+            scores = system.score(batch)
+        return page_scores(scores, system.space.tasks, surface)
     if isinstance(system, ItemScorer | VectorRetriever | Retriever):
         return system.score(batch)[RETRIEVAL_TASK]
     raise ConfigError(f"{type(system).__name__} is a {system.kind} and does not score candidates")

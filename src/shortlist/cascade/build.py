@@ -20,9 +20,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,22 +46,27 @@ from shortlist.cascade.lessons import (
     make_batch,
     sample,
     sample_shown,
+    task_score,
 )
 from shortlist.cascade.meter import Meter
 from shortlist.cascade.run import Run, load_run, make_system, most_chosen, save_run
 from shortlist.cascade.sharing import Shared
+from shortlist.cascade.tasks import ActionLabels, ShownLabels, check_tasks, in_words
 from shortlist.data.batches import Batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Histories, Int, Requests, View
 from shortlist.data.jagged import Jagged
-from shortlist.errors import ConfigError
+from shortlist.data.splits import Window
+from shortlist.errors import ConfigError, DataError
 from shortlist.metrics import ranking
-from shortlist.models.base import Phase, System, VectorRetriever
+from shortlist.models.base import Phase, Ranker, System, VectorRetriever
 from shortlist.store.snapshot import check_writable
 from shortlist.training.context import chosen_device, deterministic
 from shortlist.training.sources import BatchSource, NextEventSource, TargetSource
 from shortlist.training.trainer import FREE_SETTINGS, fit
 
+Labels = Callable[[Int, Jagged], dict[str, Tensor]]
+"""Labels [total] by task for candidates of the requests with the given numbers."""
 AT_THE_SOURCE = ("num_negatives", "max_targets")
 """Settings of [learning] that say what is taken of the lessons, not what they are."""
 
@@ -80,6 +85,8 @@ class SystemReport:
     ndcg: float
     """NDCG@k on validation requests: of a full ranking for retrievers, of what reached the stage for others."""
     seconds: float
+    tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of a ranker of several tasks: by task candidates, positives, auc and gauc on the validation window; see `task_quality`."""
 
 
 def train_cascade(
@@ -136,6 +143,7 @@ def _settled(dataset: Dataset, config: RunConfig | None) -> RunConfig:
     """All settings, stages included; ConfigError or DataError where the log can not serve them."""
     config = default_config(dataset, config)
     check_fits(config, dataset)
+    check_tasks(config, dataset)
     if config.surface.repeats != "auto" and (config.surface.repeats == "yes") != dataset.repeats:
         raise ConfigError(
             f"surface.repeats is {config.surface.repeats!r}, but the dataset was built the other way; "
@@ -226,7 +234,7 @@ class _Builder:
         upstream = [self.prints[other] for other in lessons.upstream] if "candidates" in feeds else []
         upstream += [f.name for f in system.space.pair_fields]
         choice = self.config.systems[name]
-        settings = {key: value for key, value in asdict(trainer).items() if key not in FREE_SETTINGS}
+        settings = {key: value for key, value in trainer.deciding().items() if key not in FREE_SETTINGS}
         learned = [settings, asdict(self.config.learning), self.config.surface.k] if feeds else [trainer.seed]
         self.prints[name] = fingerprint(self.data_print, [choice.system, asdict(choice.settings)], learned, upstream)
         validate = self._validation(system, stage, lessons)
@@ -250,7 +258,14 @@ class _Builder:
         if ndcg is None:  # its epochs ended between two validations
             with torch.no_grad():
                 ndcg = validate(system)
-        self._report(name, stage, report.epochs, report.best_epoch, ndcg, report.seconds)
+        tasks = self._task_quality(system, lessons)
+        self._report(name, stage, report.epochs, report.best_epoch, ndcg, report.seconds, tasks)
+
+    @torch.no_grad()
+    def _task_quality(self, system: System, lessons: _StageLessons) -> dict[str, dict[str, float]]:
+        if not self.config.learning.tasks or not isinstance(system, Ranker) or lessons.judged is None:
+            return {}
+        return task_score(system, self.dataset, lessons.judged)
 
     def _count(self, name: str, stage: Stage, validate: Callable[[System], float]) -> None:
         """A system without phases: it only counts. It is judged with counts as fresh as the validation requests will find them."""
@@ -312,13 +327,26 @@ class _Builder:
         k = self.config.surface.k
         if system.kind == "retriever" and stage is self.config.stages[0]:
             return lambda trained: full_ranking_score(trained, self.dataset, self.valid, k)
-        return lambda trained: candidate_score(trained, self.dataset, lessons.valid, k)
+        return lambda trained: candidate_score(trained, self.dataset, lessons.valid, k, self.config.surface)
 
     def _report(
-        self, name: str, stage: Stage, epochs: int, best_epoch: int | None, ndcg: float, seconds: float
+        self,
+        name: str,
+        stage: Stage,
+        epochs: int,
+        best_epoch: int | None,
+        ndcg: float,
+        seconds: float,
+        tasks: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         made = SystemReport(
-            name=name, stage=stage.name, epochs=epochs, best_epoch=best_epoch, ndcg=ndcg, seconds=round(seconds, 3)
+            name=name,
+            stage=stage.name,
+            epochs=epochs,
+            best_epoch=best_epoch,
+            ndcg=ndcg,
+            seconds=round(seconds, 3),
+            tasks=tasks or {},
         )
         self.reports.append(made)
         total = len(self.config.systems)
@@ -327,6 +355,8 @@ class _Builder:
             f"[{len(self.reports)}/{total}] {stage.name}: {name}, {how}, "
             f"validation ndcg@{self.config.surface.k} {ndcg:.4f}, {made.seconds:.1f} s"
         )
+        if tasks:
+            self.say(f"  by task: {in_words(tasks)}")
 
     def _folder(self, name: str) -> Path:
         return self.state / f"{name}-{self.prints[name]}"
@@ -417,11 +447,37 @@ class _StageLessons:
     @cached_property
     def valid(self) -> Lessons:
         """Validation requests with all their candidates."""
-        builder = self.builder
         return self._told(
             "validation",
-            self._made("valid", lambda: self._collect(builder.valid, builder.dataset.view("valid"), None)),
+            self._made("valid", self._of_valid),
         )
+
+    @cached_property
+    def judged(self) -> Lessons | None:
+        """Validation candidates whose outcome is known by task: those that the stages let through, or what the log's pages showed."""
+        builder = self.builder
+        if builder.config.learning.candidates == "cascade":
+            return self.valid
+        learning, seed = builder.config.learning, builder.config.trainer.seed
+        try:
+            requests, shown, columns = sample_shown(builder.dataset, learning.valid_requests, seed, "valid")
+        except DataError:  # the window shows nothing
+            return None
+        labels = ShownLabels(learning, shown, columns)
+        return self._collect(requests, builder.dataset.view("valid"), None, shown, labels)
+
+    def _of_valid(self) -> Lessons:
+        builder = self.builder
+        labels = self._by_action(builder.valid, "valid")
+        return self._collect(builder.valid, builder.dataset.view("valid"), None, labels=labels)
+
+    def _by_action(self, requests: Requests, window: Window) -> Labels | None:
+        """What tells the tasks' labels of candidates that stages let through; None where the choice is the only task."""
+        learning = self.builder.config.learning
+        if not learning.tasks or learning.candidates == "logged":
+            return None
+        labels = ActionLabels(self.builder.dataset, learning, window)
+        return lambda index, rows: labels(requests.select(index), rows)
 
     def _made(self, window: str, make: Callable[[], Lessons]) -> Lessons:
         """The window's lessons, those of another training where everything before the stage is the same."""
@@ -440,12 +496,17 @@ class _StageLessons:
         builder, learning = self.builder, self.builder.config.learning
         seed = builder.config.trainer.seed
         requests, shown = sample(builder.dataset.split.fit, learning.fit_requests, seed), None
+        labels: Labels | None = None
         if learning.candidates == "logged":
-            requests, shown = sample_shown(builder.dataset, learning.fit_requests, seed)
+            requests, shown, columns = sample_shown(builder.dataset, learning.fit_requests, seed)
+            labels = ShownLabels(learning, shown, columns) if learning.tasks else None
+        else:
+            labels = self._by_action(requests, "fit")
         parts = []
         for part, view in self._slices(requests, learning.slices if learning.refresh else 1):
             given = None if shown is None else shown.select(torch.from_numpy(part))
-            parts.append(self._collect(requests.select(part), view, learning.max_candidates, given))
+            mine = None if labels is None else partial(_of_part, labels, part)
+            parts.append(self._collect(requests.select(part), view, learning.max_candidates, given, mine))
         return joined(parts)
 
     def _slices(self, requests: Requests, count: int) -> Iterator[tuple[Int, View]]:
@@ -458,11 +519,20 @@ class _StageLessons:
             if len(part):
                 yield part, dataset.view_before(int(requests.time[part].min()))
 
-    def _collect(self, requests: Requests, view: View, most: int | None, shown: Jagged | None = None) -> Lessons:
+    def _collect(
+        self,
+        requests: Requests,
+        view: View,
+        most: int | None,
+        shown: Jagged | None = None,
+        labels: Labels | None = None,
+    ) -> Lessons:
         builder = self.builder
         cascade = builder.cascade(view, partial=True)
         seed = builder.config.trainer.seed
-        return collect(cascade, builder.dataset, requests, self.stage.name, shown=shown, most=most, seed=seed)
+        return collect(
+            cascade, builder.dataset, requests, self.stage.name, shown=shown, labels=labels, most=most, seed=seed
+        )
 
     def _told(self, window: str, lessons: Lessons) -> Lessons:
         found = float(lessons.label.sum()) / max(len(lessons.requests.target), 1)
@@ -471,6 +541,11 @@ class _StageLessons:
             f"{found:.1%} of what was chosen is among them"
         )
         return lessons
+
+
+def _of_part(labels: Labels, part: Int, index: Int, rows: Jagged) -> dict[str, Tensor]:
+    """Labels of the requests `index` of a part of all requests."""
+    return labels(part[index], rows)
 
 
 def fingerprint(*parts: Any) -> str:

@@ -49,13 +49,14 @@ PAIR_HISTORY = 500
 
 
 def stage_space(config: RunConfig, space: Space, stage: str) -> Space:
-    """The space that systems of a stage are built on: with the pair fields that reach it."""
+    """The space that systems of a stage are built on: with the run's tasks and the pair fields that reach it."""
     earlier: list[str] = []
     for other in config.stages:
         if other.name == stage:
             break
         earlier += other.systems
     names = [f"{kind}_{name}" for name in dict.fromkeys(earlier) for kind in ("score", "rank")]
+    space = replace(space, tasks=config.learning.tasks or space.tasks)
     return space.with_pairs((*PAIR_FIELDS, *(Numeric(name=name) for name in names)) if earlier else ())
 
 
@@ -384,7 +385,9 @@ class Cascade:
                 continue
             system = self.systems[name]
             recall = self._recall(name, watch)
-            given = watch.attempt(name, partial(score, system, funnel.candidates(system.space), recall))
+            given = watch.attempt(
+                name, partial(score, system, funnel.candidates(system.space), recall, self.config.surface)
+            )
             remembered = 0.0 if recall is None else recall.share
             watch.flops += score_flops(system, *self._sizes(funnel), remembered=remembered)
             if given is not None:

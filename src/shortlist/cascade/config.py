@@ -30,6 +30,7 @@ from shortlist.models.base import VectorRetriever
 from shortlist.registry import Entry, find
 from shortlist.store.vector_index import IndexConfig
 from shortlist.training.config import TrainerConfig
+from shortlist.training.gradients.base import make_rule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,10 +43,17 @@ class Surface:
     """Whether items the user already has may be shown again; auto = as the log's own share of repeats says."""
     objective: Literal["choice", "value"] = "choice"
     """What rankers learn: every chosen item alike, or each by its worth (money)."""
+    task_weights: Mapping[str, float] = field(default_factory=dict)
+    """How much each task of `learning.tasks` counts in the order of the page; empty = the first task alone."""
+    combine: Literal["sum", "product"] = "sum"
+    """What is done with the tasks' chances p: sum of weight * p, or product of p ** weight, such as click times conversion."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ConfigError(f"k must be at least 1, got {self.k}")
+        weights = self.task_weights.values()
+        if weights and not (min(weights) >= 0 and max(weights) > 0):
+            raise ConfigError(f"task_weights must be 0 or above, one of them above, got {dict(self.task_weights)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,12 +78,24 @@ class Learning:
     window, and, when all is selected, before the test window. Weights stay as they were trained."""
     slices: int = 4
     """Parts of the fit window, cut by time: later stages learn from counts about as fresh as those that they will meet."""
+    tasks: tuple[str, ...] = ()
+    """What rankers learn of each candidate: actions of the log, or, with logged candidates, its label columns; the first orders the page
+    unless `surface.task_weights` says otherwise. Empty = the choice alone."""
+    task_hours: float = 24.0
+    """An action counts for the request where it came in the request's group or up to so many hours later, before the window ends."""
+    chained: bool = False
+    """Each task is learned only where the one before it came true, such as a purchase on clicked candidates: then the product of the tasks'
+    chances is that of the last one."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is not None and not isinstance(value, bool | str) and value < 1:
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ConfigError(f"{f.name} must be at least 1, got {value}")
+        if not self.task_hours >= 0:
+            raise ConfigError(f"task_hours must not be negative, got {self.task_hours}")
+        if len(set(self.tasks)) < len(self.tasks) or not all(self.tasks):
+            raise ConfigError(f"tasks must have different names, got {list(self.tasks)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,8 +240,9 @@ class RunConfig:
             self._assign(table, [part.strip() for part in path.split(".")], parse_value(text.strip()))
         used = {name for stage in table["stages"].values() for name in _names_in(stage)}
         table["systems"] = {name: values for name, values in table["systems"].items() if name in used}
-        for section in ("trainer", "index"):
-            table[section] = {n: v for n, v in table[section].items() if not isinstance(v, Mapping) or n in used}
+        for section, cls in (("trainer", TrainerConfig), ("index", IndexConfig)):
+            own = _own_names(cls, table[section])
+            table[section] = {n: v for n, v in table[section].items() if n not in own or n in used}
         return RunConfig.from_table(table)
 
     def _assign(self, table: dict[str, Any], path: list[str], value: Any) -> None:
@@ -340,7 +361,7 @@ def _systems(stages: tuple[Stage, ...], tables: Plain) -> dict[str, SystemChoice
 
 def _shared_and_own(cls: type[T], table: Plain, section: str, systems: Plain) -> tuple[T, dict[str, Plain]]:
     """Settings of a section that hold for all systems, and by name what is different for one of them."""
-    own = {name: values for name, values in table.items() if isinstance(values, Mapping)}
+    own = {name: table[name] for name in _own_names(cls, table)}
     shared = {name: values for name, values in table.items() if name not in own}
     for name in own:
         if name not in systems:
@@ -351,8 +372,27 @@ def _shared_and_own(cls: type[T], table: Plain, section: str, systems: Plain) ->
     return settings, own
 
 
+def _own_names(cls: type, table: Plain) -> list[str]:
+    """Tables of a section that belong to one system each: those that are no setting of the section."""
+    shared = {f.name for f in fields(cls)}
+    return [name for name, values in table.items() if isinstance(values, Mapping) and name not in shared]
+
+
+def _check_tasks(config: RunConfig) -> None:
+    """Tasks that go together, and gradient rules that exist."""
+    for name in config.surface.task_weights:
+        if name not in config.learning.tasks:
+            raise ConfigError(
+                f"surface.task_weights names {name!r}, which is no task: {nearest(name, config.learning.tasks)} (learning.tasks)"
+            )
+    for name in config.systems:
+        make_rule(config.trainer_of(name).gradients)
+    make_rule(config.trainer.gradients)
+
+
 def _check(config: RunConfig) -> None:
     """What no single section can see: names that clash, kinds that do not fit their stage, a cascade that grows."""
+    _check_tasks(config)
     for stage in config.stages:
         if stage.name in SECTIONS or stage.name in config.systems:
             raise ConfigError(f"stage {stage.name!r} has the name of a section or of a system; give it another")

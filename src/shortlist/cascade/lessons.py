@@ -5,9 +5,10 @@ R requests, total = all candidates of all requests end to end, B requests of a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,12 +17,14 @@ from torch import Tensor
 from shortlist.cascade.acting import score
 from shortlist.cascade.candidates import best_first, take
 from shortlist.cascade.cascade import Cascade
+from shortlist.cascade.config import Surface
+from shortlist.cascade.tasks import task_quality
 from shortlist.data.batches import Batch, Candidates, labels_of, request_batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int, Requests
 from shortlist.data.jagged import Jagged
 from shortlist.metrics import ranking
-from shortlist.models.base import Reranker, System, top_k_of_candidates
+from shortlist.models.base import Ranker, Reranker, System, top_k_of_candidates
 from shortlist.training.sources import BatchSource, CandidateSource
 
 SCORES_AT_ONCE = 1 << 25
@@ -43,6 +46,8 @@ class Lessons:
     """float32 [total]: 1 where the request chose the candidate."""
     worth: Tensor
     """float32 [total]: what the choice was worth; 0 where there was none."""
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    """float32 [total] by task, NaN where not known; empty where the choice is the only task."""
 
 
 def chunks(num_requests: int, num_items: int) -> Iterator[Int]:
@@ -64,11 +69,15 @@ def drawn(num_requests: int, most: int, seed: int) -> Int:
     return np.sort(np.random.default_rng([seed, num_requests]).choice(num_requests, most, replace=False))
 
 
-def sample_shown(dataset: Dataset, most: int, seed: int) -> tuple[Requests, Jagged]:
-    """At most so many logged impressions of the fit window, and the items that each showed."""
-    requests, shown, _ = dataset.impressions("fit")
+def sample_shown(
+    dataset: Dataset, most: int, seed: int, window: Literal["fit", "valid", "test"] = "fit"
+) -> tuple[Requests, Jagged, dict[str, Tensor]]:
+    """At most so many logged impressions of a window, the items that each showed, and their labels by column."""
+    requests, shown, labels = dataset.impressions(window)
     index = drawn(len(requests), most, seed)
-    return requests.select(index), shown.select(torch.from_numpy(index))
+    chosen = torch.from_numpy(index)
+    where = shown.value_index(chosen)
+    return requests.select(index), shown.select(chosen), {name: column[where] for name, column in labels.items()}
 
 
 def collect(
@@ -78,6 +87,7 @@ def collect(
     stage: str,
     *,
     shown: Jagged | None = None,
+    labels: Callable[[Int, Jagged], dict[str, Tensor]] | None = None,
     most: int | None = None,
     seed: int = 0,
 ) -> Lessons:
@@ -85,6 +95,7 @@ def collect(
 
     Args:
         shown: items per request that stand in place of what the first stage would find.
+        labels: gives the tasks' labels [total] of candidates of the requests with the given numbers; None = the choice is the task.
         most: candidates kept per request: all that were chosen and a random part of the others; None = all.
         seed: of the random part.
     """
@@ -97,21 +108,16 @@ def collect(
         assert batch.candidates is not None
         rows, pair = batch.candidates.rows, batch.candidates.pair
         label, worth = labels_of(rows, asked)
+        by_task = {} if labels is None else labels(index, rows)
         if most is not None:
-            lot = torch.rand(len(label), generator=generator) + label
+            told = torch.stack([label, *by_task.values()]).gt(0).any(0)
+            lot = torch.rand(len(label), generator=generator) + told
             kept, _ = best_first(rows, lot, most).sort()
             rows, pair = take(rows, kept), {name: column[kept] for name, column in pair.items()}
             label, worth = label[kept], worth[kept]
-        parts.append(Lessons(requests=asked, rows=rows, pair=pair, label=label, worth=worth))
-    return Lessons(
-        requests=requests,
-        rows=Jagged.from_lengths(
-            torch.cat([part.rows.values for part in parts]), torch.cat([part.rows.lengths for part in parts])
-        ),
-        pair={name: torch.cat([part.pair[name] for part in parts]) for name in parts[0].pair},
-        label=torch.cat([part.label for part in parts]),
-        worth=torch.cat([part.worth for part in parts]),
-    )
+            by_task = {task: column[kept] for task, column in by_task.items()}
+        parts.append(Lessons(requests=asked, rows=rows, pair=pair, label=label, worth=worth, labels=by_task))
+    return replace(_end_to_end(parts), requests=requests)
 
 
 def make_batch(dataset: Dataset, requests: Requests, max_history: int) -> Batch:
@@ -125,6 +131,10 @@ def joined(parts: Sequence[Lessons]) -> Lessons:
     """Lessons end to end."""
     if len(parts) == 1:
         return parts[0]
+    return _end_to_end(parts)
+
+
+def _end_to_end(parts: Sequence[Lessons]) -> Lessons:
     return Lessons(
         requests=Requests.joined([part.requests for part in parts]),
         rows=Jagged.from_lengths(
@@ -133,6 +143,7 @@ def joined(parts: Sequence[Lessons]) -> Lessons:
         pair={name: torch.cat([part.pair[name] for part in parts]) for name in parts[0].pair},
         label=torch.cat([part.label for part in parts]),
         worth=torch.cat([part.worth for part in parts]),
+        labels={task: torch.cat([part.labels[task] for part in parts]) for task in parts[0].labels},
     )
 
 
@@ -168,7 +179,7 @@ def candidate_source(
     seed: int,
 ) -> BatchSource:
     """What a ranker trains on; see CandidateSource."""
-    labels = {task: lessons.label}
+    labels = dict(lessons.labels) or {task: lessons.label}
     if by_value:
         labels[WORTH] = lessons.worth.clamp(min=0)
     source = CandidateSource(
@@ -200,18 +211,31 @@ def full_ranking_score(system: System, dataset: Dataset, requests: Requests, k: 
     return _ndcg(pages, requests, k)
 
 
-def candidate_score(system: System, dataset: Dataset, lessons: Lessons, k: int) -> float:
+def candidate_score(
+    system: System, dataset: Dataset, lessons: Lessons, k: int, surface: Surface | None = None
+) -> float:
     """Mean NDCG@k of a system that orders what the stages before it let through; what they dropped counts as missed."""
+    pages = [_page(system, batch, k, surface).cpu() for batch in _batches(system, dataset, lessons)]
+    return _ndcg(pages, lessons.requests, k)
+
+
+def task_score(system: Ranker, dataset: Dataset, lessons: Lessons) -> dict[str, dict[str, float]]:
+    """How well a ranker tells each task's outcomes apart; see `task_quality`."""
+    parts = [{task: s.cpu() for task, s in system.score(b).items()} for b in _batches(system, dataset, lessons)]
+    scores = {task: torch.cat([part[task] for part in parts]) for task in parts[0]}
+    return task_quality(scores, lessons.labels, lessons.requests.user[lessons.rows.row_of_value.numpy()])
+
+
+def _batches(system: System, dataset: Dataset, lessons: Lessons) -> Iterator[Batch]:
+    """The lessons as a system is asked them, on its device."""
     device = device_of(system)
-    pages = []
     for index in chunks(len(lessons.requests), 1 << 12):
         chosen = torch.from_numpy(index)
         where = lessons.rows.value_index(chosen)
         batch = make_batch(dataset, lessons.requests.select(index), system.max_history).with_candidates(
             lessons.rows.select(chosen), {name: column[where] for name, column in lessons.pair.items()}
         )
-        pages.append(_page(system, batch.to(device), k).cpu())
-    return _ndcg(pages, lessons.requests, k)
+        yield batch.to(device)
 
 
 def device_of(system: System) -> torch.device:
@@ -220,11 +244,11 @@ def device_of(system: System) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def _page(system: System, batch: Batch, k: int) -> Tensor:
+def _page(system: System, batch: Batch, k: int, surface: Surface | None) -> Tensor:
     rows = batch.candidate_rows
     if isinstance(system, Reranker):
         return system.rerank(batch, -rows.position_of_value.float(), k).rows
-    return top_k_of_candidates(rows, score(system, batch), k).rows
+    return top_k_of_candidates(rows, score(system, batch, surface=surface), k).rows
 
 
 def _ndcg(pages: list[Tensor], requests: Requests, k: int) -> float:
