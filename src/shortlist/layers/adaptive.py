@@ -178,7 +178,7 @@ class AdaptiveLinear(nn.Module):
         if self.mode == "generated":
             return made[0].view(-1, N, K) @ made[1].view(-1, K, K) @ made[2].view(-1, K, M)
         U, V = self.shared_factors()
-        return U @ (made[0].view(-1, K, K) if made else torch.eye(K).expand(len(z), K, K)) @ V
+        return U @ (made[0].view(-1, K, K) if made else torch.eye(K).to(U).expand(len(z), K, K)) @ V
 
 
 def _factors(rows: int, columns: int, inner: int) -> list[tuple[int, int]]:

@@ -161,7 +161,7 @@ class FieldTransformerBlock(nn.Module):
         self.shape = (config.num_heads, num_fields, num_fields)
 
     @property
-    def scalar_hFF(self) -> Tensor | None:  # noqa: N802  (a tensor's shape)
+    def scalar_hFF(self) -> Tensor | None:
         """w [h, F, F]: row the field that looks, column the field looked at; None where all are 1."""
         return None if self.scalars is None else self.scalars.view(self.shape)
 

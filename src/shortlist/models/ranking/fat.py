@@ -92,7 +92,7 @@ class FAT(Ranker):
         self.tower = make_tower(space, [], [D], config.head)
 
     @property
-    def meta_Fk(self) -> Tensor:  # noqa: N802  (a tensor's shape)
+    def meta_Fk(self) -> Tensor:
         """The fields' meta-embeddings."""
         return self.meta.view(self.fields.num_fields, -1)
 
