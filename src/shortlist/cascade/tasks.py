@@ -32,7 +32,8 @@ def check_tasks(config: RunConfig, dataset: Dataset) -> None:
     """ConfigError where the log does not say of every task what came of it."""
     learning = config.learning
     logged = learning.candidates == "logged"
-    known = tuple(dataset.logged.labels) if logged and dataset.logged is not None else dataset.space.actions
+    columns = () if dataset.logged is None else tuple(dataset.logged.labels)
+    known = columns if logged else dataset.space.actions
     for task in learning.tasks:
         if task not in known:
             what = "label columns of the log" if logged else "actions of the log before the fit window"
@@ -42,7 +43,7 @@ def check_tasks(config: RunConfig, dataset: Dataset) -> None:
                 else ('a label column, with learning.candidates = "logged"')
             )
             raise ConfigError(
-                f"task {task!r} is none of the {what}: {', '.join(known)}; choose from these, or name {other}"
+                f"task {task!r} is none of the {what}: {', '.join(known) or 'there is none'}; choose from these, or name {other}"
             )
 
 
