@@ -57,6 +57,7 @@ from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Histories, Int, Requests, View
 from shortlist.data.jagged import Jagged
 from shortlist.data.splits import Window
+from shortlist.embeddings.base import table_sizes
 from shortlist.errors import ConfigError, DataError
 from shortlist.metrics import ranking
 from shortlist.models.base import Phase, Ranker, System, VectorRetriever
@@ -87,6 +88,8 @@ class SystemReport:
     seconds: float
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Of a ranker of several tasks: by task candidates, positives, auc and gauc on the validation window; see `task_quality`."""
+    tables: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that each embedding table stores after training, by its place in the system."""
 
 
 def train_cascade(
@@ -347,6 +350,7 @@ class _Builder:
             ndcg=ndcg,
             seconds=round(seconds, 3),
             tasks=tasks or {},
+            tables={size.place: size.bytes for size in table_sizes(self.systems[name])},
         )
         self.reports.append(made)
         total = len(self.config.systems)

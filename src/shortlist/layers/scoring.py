@@ -18,7 +18,7 @@ from shortlist.data.batches import Batch, Candidates, History
 from shortlist.data.histories import View
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Numeric, Space
-from shortlist.embeddings.base import Table, TableChoice, dropped_ids, make_table
+from shortlist.embeddings.base import Table, TableChoice, dropped_ids, make_table, tables_of
 from shortlist.errors import ConfigError, DataError
 from shortlist.layers.adaptive import APGConfig
 from shortlist.layers.fields import FieldEmbeddings
@@ -384,8 +384,15 @@ def task_losses(scores: Mapping[str, Tensor], batch: Batch, loss: RankingLoss) -
 
 
 def linear_flops(*modules: nn.Module) -> int:
-    """FLOPs of all linear maps in the modules, each applied to one row; look-ups and activations are not counted."""
-    return sum(2 * m.weight.numel() for module in modules for m in module.modules() if isinstance(m, nn.Linear))
+    """FLOPs of all linear maps in the modules, each applied to one row; look-ups, with all that a table does, and activations are not
+    counted."""
+    of_tables = {m for module in modules for table in tables_of(module) for m in table.modules()}
+    return sum(
+        2 * m.weight.numel()
+        for module in modules
+        for m in module.modules()
+        if isinstance(m, nn.Linear) and m not in of_tables
+    )
 
 
 def dense_bytes(module: nn.Module) -> float:
