@@ -9,6 +9,7 @@ import pytest
 
 from cli_support import succeeds
 from shortlist.cascade.engine import Engine
+from shortlist.cascade.lessons import make_batch
 from shortlist.cascade.run import load_run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "multi_task.toml"
@@ -104,3 +105,24 @@ def test_pages_follow_the_product(run, folder, tmp_path):
     own, by_chance = shares(by_clicks, tmp_path)
     assert own > 0.8
     assert by_chance < cheap - 0.1
+
+
+def test_the_test_window_is_judged_by_task(run, tmp_path):
+    """The table of `shortlist evaluate`, and its figures from the pages' own scores."""
+    told = succeeds("evaluate", run, "--out", tmp_path / "found.json")
+    assert "purchase" in told.out
+    found = json.loads((tmp_path / "found.json").read_text())["tasks"]
+    assert set(found) == {"light", "mmoe"}
+    assert found["mmoe"]["purchase"]["auc"] > 0.6
+    loaded = load_run(run)
+    requests = loaded.dataset.split.test
+    batch = make_batch(loaded.dataset, requests, loaded.cascade.max_history)
+    rows = loaded.cascade.until(batch, "ranking").candidate_rows
+    clicked = {
+        (r, i)
+        for r in range(len(requests))
+        for i in requests.target[requests.target_offsets[r] : requests.target_offsets[r + 1]]
+    }
+    pairs = set(zip(rows.row_of_value.tolist(), rows.values.tolist()))
+    assert found["mmoe"]["click"]["candidates"] == len(pairs)
+    assert found["mmoe"]["click"]["positives"] >= len(pairs & clicked) > 0

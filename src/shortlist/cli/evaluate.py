@@ -37,6 +37,7 @@ def command(
     from shortlist.evaluation.evidence import write_json
     from shortlist.evaluation.runs import cost_rows, evaluate_run
     from shortlist.evaluation.tables import aligned, comparison_text, losses_text, slices_text
+    from shortlist.evaluation.tasks import task_rows
 
     loaded, page, repeats = load_run(run), None, False if no_repeats else None
     if report:
@@ -57,6 +58,7 @@ def command(
         comparison_text(compare([result.report])),
         losses_text(result.lost_at),
         "\n".join(aligned(cost_rows(result.cost))),
+        *(["\n".join(aligned(task_rows(result.tasks)))] if result.tasks else []),
         slices_text(result.report),
     )
     typer.echo("\n\n".join(parts))

@@ -23,6 +23,7 @@ from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int, Requests
 from shortlist.errors import ConfigError
 from shortlist.evaluation.evaluate import Comparison, Report, Window, compare, evaluate, pager_of
+from shortlist.evaluation.tasks import evaluate_tasks
 from shortlist.extras import installed
 from shortlist.metrics import Interval
 from shortlist.models.base import System
@@ -48,6 +49,8 @@ class RunReport:
     """Share of held-out items that each stage let fall, in the order of the stages; "shown" = on the page. Adds up to 1."""
     cost: Mapping[str, Mapping[str, float]]
     """Per stage and request: ms, mflop, received, kept."""
+    tasks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    """By ranker and task, where the run has tasks; see `evaluate_tasks`."""
 
     @property
     def metrics(self) -> Mapping[str, Interval]:
@@ -60,6 +63,11 @@ class RunReport:
             **self.report.as_dict(),
             "lost_at": dict(self.lost_at),
             "cost": {s: dict(c) for s, c in self.cost.items()},
+            **(
+                {"tasks": {s: {t: dict(v) for t, v in of.items()} for s, of in self.tasks.items()}}
+                if self.tasks
+                else {}
+            ),
         }
 
 
@@ -116,7 +124,12 @@ def evaluate_run(
         }
         for s in stages
     }
-    return RunReport(report=report, lost_at=attribute_losses([s.stage for s in stages], account.lost), cost=cost)
+    return RunReport(
+        report=report,
+        lost_at=attribute_losses([s.stage for s in stages], account.lost),
+        cost=cost,
+        tasks=evaluate_tasks(run, window, max_requests=max_requests, seed=seed),
+    )
 
 
 def evaluate_counted(
