@@ -11,7 +11,7 @@ query and key, e of its value.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -72,6 +72,26 @@ class KeysValues(NamedTuple):
     v_THe: Tensor
 
 
+class Newest(NamedTuple):
+    """The newest position of each sequence alone, for what only asks what comes next."""
+
+    place_R: Tensor
+    """int64 [R]: place among the S new positions, of each of R sequences that have any."""
+    sequences: Sequences
+    """Over all positions, with these as the only queries."""
+
+    @classmethod
+    def of(cls, sequences: Sequences) -> Newest:
+        """The last query of each sequence that has one."""
+        num_queries_B = sequences.query_offsets.diff()
+        place_R = sequences.query_offsets[1:][num_queries_B > 0] - 1
+        offsets = torch.zeros_like(sequences.query_offsets)
+        torch.cumsum((num_queries_B > 0).long(), 0, out=offsets[1:])
+        return cls(
+            place_R, replace(sequences, query_offsets=offsets, query_time=sequences.query_time.index_select(0, place_R))
+        )
+
+
 class HSTUBlock(nn.Module):
     """One layer.
 
@@ -108,7 +128,11 @@ class HSTUBlock(nn.Module):
         self.time_bias = None if time is None else nn.Parameter(time)
 
     def forward(
-        self, x_SD: Tensor, sequences: Sequences, before: KeysValues | None = None
+        self,
+        x_SD: Tensor,
+        sequences: Sequences,
+        before: KeysValues | None = None,
+        newest: Newest | None = None,
     ) -> tuple[Tensor, KeysValues]:
         """The layer's output [S, D], and keys and values of all positions [T, ...].
 
@@ -116,6 +140,7 @@ class HSTUBlock(nn.Module):
             x_SD: the new positions of each sequence.
             sequences: over all positions.
             before: keys and values of the positions that are not new, [T - S, ...]; None = all positions are new.
+            newest: the only positions whose output is wanted; None = all new ones.
         """
         width = self.heads * self.e
         mixed_SX = self.project(self.norm_in(x_SD))
@@ -125,6 +150,9 @@ class HSTUBlock(nn.Module):
         u_SX, alpha = (u_SX, 1.0) if is_research else (silu(u_SX), self.d**-0.5)
         new = KeysValues(k_SX.unflatten(-1, (self.heads, self.d)), v_SX.unflatten(-1, (self.heads, self.e)))
         known = new if before is None else appended(before, new, sequences)
+        if newest is not None:
+            x_SD, u_SX, q_SX = (part.index_select(0, newest.place_R) for part in (x_SD, u_SX, q_SX))
+            sequences = newest.sequences
         q_SHd, bias = q_SX.unflatten(-1, (self.heads, self.d)), RelativeBias(self.position_bias, self.time_bias)
         if self.config.attention == "softmax":
             av_SHe = softmax_attention(q_SHd, known.k_THd, known.v_THe, sequences, bias, alpha=self.d**-0.5)
@@ -136,10 +164,13 @@ class HSTUBlock(nn.Module):
             gated_SX = torch.cat([u_SX, av_SX, gated_SX], dim=-1)
         return x_SD + self.out(self.dropout(gated_SX)), known
 
-    def flops(self, num_new: int, num_before: int = 0) -> float:
-        """FLOPs of so many new events after so many cached ones: both maps, and scores and sums over the pairs that see each other."""
-        maps = 2 * num_new * (self.project.weight.numel() + self.out.weight.numel())
-        pairs = num_new * num_before + num_new * (num_new + 1) / 2
+    def flops(self, num_new: int, num_before: int = 0, *, only_newest: bool = False) -> float:
+        """FLOPs of so many new positions of one sequence after so many cached ones: both maps, and scores and sums over the pairs that see
+        each other; with `only_newest` as in `forward` of the stack.
+        """
+        num_asking = min(num_new, 1) if only_newest else num_new
+        maps = 2 * (num_new * self.project.weight.numel() + num_asking * self.out.weight.numel())
+        pairs = num_asking * (num_before + num_new) - num_asking * (num_asking - 1) / 2
         return maps + 2 * pairs * self.heads * (self.d + self.e)
 
 
@@ -169,7 +200,12 @@ class HSTUStack(nn.Module):
         )
 
     def forward(
-        self, x_SD: Tensor, sequences: Sequences, before: list[KeysValues] | None = None
+        self,
+        x_SD: Tensor,
+        sequences: Sequences,
+        before: list[KeysValues] | None = None,
+        *,
+        only_newest: bool = False,
     ) -> tuple[Tensor, list[KeysValues]]:
         """Output [S, D] of the new positions, and each layer's keys and values of all positions, for a cache.
 
@@ -177,9 +213,19 @@ class HSTUStack(nn.Module):
             x_SD: the new positions.
             sequences: over all positions.
             before: each layer's keys and values of the positions that are not new, [T - S, ...]; None = all are new.
+            only_newest: give the output of each sequence's newest position alone, [R, D] for R sequences that have a new one: the last
+                layer then attends from those, which is most of its work saved.
         """
         kept = []
         for number, block in enumerate(self.blocks):
-            x_SD, known = block(x_SD, sequences, None if before is None else before[number])
+            is_last = number + 1 == len(self.blocks)
+            newest = Newest.of(sequences) if only_newest and is_last else None
+            x_SD, known = block(x_SD, sequences, None if before is None else before[number], newest)
             kept.append(known)
         return x_SD, kept
+
+    def flops(self, num_new: int, num_before: int = 0, *, only_newest: bool = False) -> float:
+        """FLOPs of all layers; see `HSTUBlock.flops`."""
+        blocks = [block for block in self.blocks if isinstance(block, HSTUBlock)]
+        below = sum(block.flops(num_new, num_before) for block in blocks[:-1])
+        return below + blocks[-1].flops(num_new, num_before, only_newest=only_newest)

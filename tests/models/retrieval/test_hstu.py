@@ -446,9 +446,10 @@ def test_someone_without_known_history_gets_the_popular_items():
 def test_cost_counts_maps_and_pairs():
     cost = make(ITEMS, layers={"qk_dim": 3, "v_dim": 5, "num_heads": 2}).cost(RequestShape(num_history=3, num_items=9))
     D, L, H, d, e = 8, 3, 2, 3, 5
-    maps = 2 * L * D * (2 * H * e + 2 * H * d) + 2 * L * H * e * D
-    pairs = 6 * 2 * H * (d + e)  # 1 + 2 + 3 pairs, scored and summed
-    assert cost.user_flops == 2 * (maps + pairs)
+    maps, out, pair = 2 * D * (2 * H * e + 2 * H * d), 2 * H * e * D, 2 * H * (d + e)
+    first = L * (maps + out) + 6 * pair  # 1 + 2 + 3 pairs, scored and summed
+    last = L * maps + out + 3 * pair  # only the newest event asks
+    assert cost.user_flops == first + last
     assert cost.item_flops == 2 * (D + 1)
     long, longer = (make(ITEMS).cost(RequestShape(num_history=n)).user_flops for n in (12, 500))
     assert long == longer

@@ -268,9 +268,16 @@ class HSTURanker(Ranker):
         return torch.cat(parts, dim=1)
 
     def _encode(
-        self, batch: Batch, past: Past, layout: Layout, prefix_BFD: Tensor, kept: Kept | None = None
+        self,
+        batch: Batch,
+        past: Past,
+        layout: Layout,
+        prefix_BFD: Tensor,
+        kept: Kept | None = None,
+        *,
+        only_newest: bool = True,
     ) -> tuple[HSTUState, Tensor]:
-        """The state, and the output [S, D] of the tokens that were not kept."""
+        """The state, and the output of the tokens that were not kept [S, D], or of each history's newest token alone [R, D]."""
         kept_B = torch.zeros_like(batch.time) if kept is None else kept.num_events_B
         new_E = past.items.position_of_value >= kept_B[past.items.row_of_value]
         event_SD = self.tokens.events(self.items(past.items.values[new_E]), past.acted_EA[new_E], past.value_E[new_E])
@@ -285,11 +292,11 @@ class HSTURanker(Ranker):
             places_T = layout.lengths_B[layout.row_T] - layout.position_T
             x_SD = self.marks(x_SD, places_T, batch.time[layout.row_T] - layout.key_time_T)
         sequences = sequences_of(layout, new_T)
-        y_SD, known = self.stack(self.dropout(x_SD), sequences, None if kept is None else kept.before)
-        y_SD = self.norm(y_SD)
-        has_any_B = layout.lengths_B > 0
+        before = None if kept is None else kept.before
+        y_SD, known = self.stack(self.dropout(x_SD), sequences, before, only_newest=only_newest)
+        y_SD, has_any_B = self.norm(y_SD), layout.lengths_B > 0
         user_BD = y_SD.new_zeros(batch.size, self.config.dim)
-        user_BD[has_any_B] = y_SD[sequences.query_offsets[1:][has_any_B] - 1]
+        user_BD[has_any_B] = y_SD if only_newest else y_SD[sequences.query_offsets[1:][has_any_B] - 1]
         state = HSTUState(
             known=known,
             offsets_B1=layout.offsets_B1,
@@ -400,7 +407,7 @@ class HSTURanker(Ranker):
         batch = replace(batch, context=context)
         past = self._past(batch)
         layout = self._layout(past)
-        state, y_TD = self._encode(batch, past, layout, self._prefix(batch))
+        state, y_TD = self._encode(batch, past, layout, self._prefix(batch), only_newest=False)
         return past, state, content_token(past, layout, self.tokens.per_event, self.num_prefix), y_TD
 
     def outcomes_at_all(self, batch: Batch) -> tuple[Scores, dict[str, Tensor]]:
@@ -474,18 +481,16 @@ class HSTURanker(Ranker):
         config, block = self.config, self.config.layers
         num_past, k = min(shape.num_history, config.max_history), self.tokens.per_event
         length = self.num_prefix + k * num_past
-        token = linear_flops(self.stack)
-        d, e = block.qk_dim or config.dim // block.num_heads, block.v_dim or config.dim // block.num_heads
-        pair = 2 * block.num_blocks * block.num_heads * (d + e)
         item, action = linear_flops(self.items), linear_flops(self.tokens.actions)
         is_cached = cached and self.remembers and num_past > 0
         num_new = 1 if is_cached else num_past
         new_tokens = k if is_cached else length
-        num_pairs = new_tokens * length - new_tokens * (new_tokens - 1) / 2
-        user = num_new * (item + action) + new_tokens * token + num_pairs * pair + self.head.request_flops
+        layers = self.stack.flops(new_tokens, length - new_tokens, only_newest=True)
+        user = num_new * (item + action) + layers + self.head.request_flops
         after = 0 if self.time_of_day is None else linear_flops(self.time_of_day)
-        per_candidate = item + token + (length + 1) * pair + after + self.head.candidate_flops
+        per_candidate = item + self.stack.flops(1, length) + after + self.head.candidate_flops
         num_passes = -(-shape.num_candidates // config.micro_batch)
+        d, e = block.qk_dim or config.dim // block.num_heads, block.v_dim or config.dim // block.num_heads
         kept = 4.0 * length * block.num_blocks * block.num_heads * (d + e) * num_passes
         rows = 4.0 * config.dim * (shape.num_candidates + num_new)
         return Cost(user_flops=float(user), item_flops=float(per_candidate), bytes=dense_bytes(self) + kept + rows)

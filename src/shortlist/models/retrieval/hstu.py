@@ -38,7 +38,7 @@ from shortlist.layers.dropout import Dropout
 from shortlist.layers.factors import beside_popularity
 from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.hstu import HSTUBlock, HSTUBlockConfig, HSTUStack, KeysValues
-from shortlist.layers.next_item import NextItemConfig, NextItemLoss, last_of_rows, readable_rows
+from shortlist.layers.next_item import NextItemConfig, NextItemLoss, readable_rows
 from shortlist.models.base import Cost, Losses, Memory, RequestShape, VectorRetriever
 from shortlist.registry import system
 
@@ -201,11 +201,16 @@ class HSTU(VectorRetriever):
     def encode_user(self, batch: Batch) -> Tensor:
         """float32 [B, D + 1]: the last position's vector and 0; for users without a known event zeros and 1 (popularity)."""
         events = self._events(batch, readable_rows(self.items, batch.history.items))
-        return self._user(self._query(events, self.items(events.rows.values)), events.rows)
+        rows = events.rows
+        sequences = sequences_of(events, rows, events.query_time_T)
+        x_RD, _ = self.stack(self._input(events, self.items(rows.values)), sequences, only_newest=True)
+        return self._user(x_RD, rows)
 
-    def _user(self, query_TD: Tensor, rows: Jagged) -> Tensor:
-        """float32 [B, D + 1] from what each event asks for; only the last event of each row is read."""
-        user_BD, has_history_B = last_of_rows(self.objective.query(query_TD), rows)
+    def _user(self, x_RD: Tensor, rows: Jagged) -> Tensor:
+        """float32 [B, D + 1] from the output at the newest event of each of R users with events, who have their events in `rows`."""
+        has_history_B = rows.lengths > 0
+        user_BD = x_RD.new_zeros(rows.num_rows, self.config.dim)
+        user_BD[has_history_B] = self.objective.query(self.norm(x_RD))
         return beside_popularity(user_BD, (~has_history_B).to(user_BD.dtype)).float()
 
     @torch.no_grad()
@@ -226,8 +231,9 @@ class HSTU(VectorRetriever):
         fresh = events.only(is_new_T)
         before = [self._remembered(fits, layer) for layer in range(len(self.stack.blocks))]
         sequences = sequences_of(events, fresh.rows, fresh.query_time_T)
-        x_SD, known = self.stack(self._input(fresh, self.items(fresh.rows.values)), sequences, before)
-        user_BX = self._user(self.norm(x_SD), fresh.rows)
+        tokens_SD = self._input(fresh, self.items(fresh.rows.values))
+        x_RD, known = self.stack(tokens_SD, sequences, before, only_newest=True)
+        user_BX = self._user(x_RD, fresh.rows)
         columns: dict[str, Tensor] = {"marks": mark_T4}
         for layer, (k_THd, v_THe) in enumerate(known):
             columns[f"k{layer}"], columns[f"v{layer}"] = k_THd, v_THe
@@ -257,7 +263,7 @@ class HSTU(VectorRetriever):
         """Layers over the history once, then one inner product per item; norms, gates, biases and look-ups are not counted."""
         config = self.config
         length = min(shape.num_history, config.max_history)
-        layers = sum(block.flops(length) for block in self.stack.blocks)  # type: ignore[operator]
+        layers = self.stack.flops(length, only_newest=True)
         fields = 2 * length * self.items.num_fields * config.dim * config.dim
         weights = sum(p.numel() for p in self.stack.parameters())
         return Cost(
