@@ -115,6 +115,22 @@ def rows_of(num_rows: int, dim: int, *, std: float, sparse: bool) -> nn.Embeddin
     return rows
 
 
+def summed_rows(rows: nn.Embedding, codes: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The sum of rows, each times its weight [..., k] where given: float32 [*, d] for codes [..., k] int64.
+
+    In one pass: `rows(codes).sum(-2)` would write all k rows of every id first, at three times the time (benchmarks/table_lookup.py).
+    """
+    k = codes.shape[-1]
+    flat = nn.functional.embedding_bag(
+        codes.reshape(-1, k),
+        rows.weight,
+        mode="sum",
+        sparse=rows.sparse,
+        per_sample_weights=None if weights is None else weights.reshape(-1, k),
+    )
+    return flat.view(*codes.shape[:-1], rows.weight.shape[1])
+
+
 @system("full", stage="embeddings", paper="baseline")
 class FullTable(Table):
     """One row of parameters per id."""

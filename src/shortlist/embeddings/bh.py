@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shortlist.embeddings.base import Table, TableChoice, rows_of
+from shortlist.embeddings.base import Table, TableChoice, rows_of, summed_rows
 from shortlist.embeddings.hashing import GOLDEN, check_compression, rows_left
 from shortlist.errors import ConfigError
 from shortlist.registry import system
@@ -79,7 +79,7 @@ class BHTable(Table):
 
     def forward(self, ids: Tensor) -> Tensor:
         """float32 [*, d] for ids [...]."""
-        return self.rows(self.codes(ids)).sum(-2)
+        return summed_rows(self.rows, self.codes(ids))
 
     def codes(self, ids: Tensor) -> Tensor:
         """Rows of each id, int64 [..., B]."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from shortlist.embeddings.base import Table, TableChoice, rows_of
+from shortlist.embeddings.base import Table, TableChoice, rows_of, summed_rows
 from shortlist.embeddings.hashing import check_compression, mixed, rows_left
 from shortlist.errors import ConfigError
 from shortlist.registry import system
@@ -74,10 +74,8 @@ class MultiHashTable(Table):
 
     def forward(self, ids: Tensor) -> Tensor:
         """float32 [*, d] for ids [...]."""
-        vectors = self.rows(self.codes(ids))
-        if self.importance is not None:
-            vectors = vectors * self.importance(self.weight_codes(ids))[..., None]
-        return vectors.sum(-2)
+        weights = None if self.importance is None else self.importance(self.weight_codes(ids))
+        return summed_rows(self.rows, self.codes(ids), weights)
 
     def codes(self, ids: Tensor) -> Tensor:
         """Rows of each id, int64 [..., k]: 0..k-1 for id 0, else at least k."""
