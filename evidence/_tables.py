@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from _ctr import Change, Recipe, World, embeddings_of, quality, trained
+from _ctr import Change, Recipe, embeddings_of, quality, trained
+from _ranking_lab import World
 from shortlist.embeddings.base import Table, TableChoice, finish_tables, make_table
 from shortlist.embeddings.bh import BHConfig, block_rows, chosen_blocks
 from shortlist.embeddings.hashed import HashedConfig

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from _ctr import Recipe, World, frappe, world_of
+from _ctr import Recipe, frappe, world_of
+from _ranking_lab import World
 from _tables import INIT_STD, Maker, chosen, id_tables, measured
 from shortlist.embeddings.amtl import AMTLConfig, AMTLTable
 from shortlist.embeddings.base import Table, TableChoice

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache, partial
 
-from _ctr import Recipe, World, frappe, world_of
+from _ctr import Recipe, frappe, world_of
+from _ranking_lab import World
 from _tables import INIT_STD, Maker, chosen, fits, measured, sized
 from shortlist.embeddings.base import TableChoice
 from shortlist.embeddings.bh import BHConfig

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from _ctr import Recipe, Table, World, world_of
+from _ctr import Recipe, Table, world_of
+from _ranking_lab import World
 from _tables import INIT_STD, SCHEMES, Maker, chosen, fits, measured, sized
 from shortlist.embeddings.base import TableChoice
 from shortlist.embeddings.bh import BHConfig
