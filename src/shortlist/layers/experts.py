@@ -180,13 +180,16 @@ def mixed(expert_tne: Tensor, weight_tn: Tensor) -> Tensor:
 
 
 class TaskTowers(nn.Module):
-    """One tower per task, each with one output."""
+    """One tower per task, each with one output; biases start at 0."""
 
     def __init__(self, tasks: Sequence[str], in_width: int, widths: Sequence[int], dropout: float) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
         self.towers = nn.ModuleList(MLP(in_width, widths, 1, dropout=dropout) for _ in tasks)
         self.flops_per_row = sum(tower.flops_per_row for tower in self.towers if isinstance(tower, MLP))
+        for part in self.towers.modules():  # embeddings start small: with other biases many units would start dead
+            if isinstance(part, nn.Linear):
+                nn.init.zeros_(part.bias)
 
     def forward(self, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """Logits [t] per task from the tasks' inputs [t, e], in the order of the tasks."""

@@ -86,7 +86,6 @@ class MMoEConfig:
         "expert_widths": (8,),
         "tower_widths": (8,),
         "dropout": 0.0,
-        "loss": "softmax",
         "input": InputConfig(dim=8, max_history=10),
     },
 )

@@ -52,7 +52,6 @@ class SharedBottomConfig:
         "widths": (16,),
         "tower_widths": (8,),
         "dropout": 0.0,
-        "loss": "softmax",
         "input": InputConfig(dim=8, max_history=10),
     },
 )
