@@ -60,7 +60,7 @@ def run(lab: Lab) -> None:
         """Figures of the stronger pressure, and the lengths of apps and users."""
         choice = AMTLConfig(size_weight=PRESSURES[1], init_std=INIT_STD)
         system, found = one(lab, world, seed, chosen(choice))
-        return found, [table.lengths().tolist() for table in id_tables(system)]
+        return found, [t.lengths().tolist() for t in id_tables(system) if isinstance(t, AMTLTable)]
 
     for seed in lab.seeds:
         for width in FIXED[-1:] if lab.quick else FIXED:
