@@ -307,23 +307,30 @@ def boosted(world: World, seed: int, **settings: Any) -> Ranker:
     return system
 
 
-def embeddings_of(system: nn.Module) -> list[nn.Parameter]:
-    """Weights of all look-up tables, each once."""
-    tables = [m.weight for m in system.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+def embeddings_of(system: nn.Module, *, of_fields: bool = False) -> list[nn.Parameter]:
+    """Weights of all look-up tables, each once; `of_fields` leaves out those that hold micro networks and their feeds (CAN)."""
+    tables = [
+        m.weight
+        for name, m in system.named_modules()
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and not (of_fields and "co_action" in name)
+    ]
     return list({id(weight): weight for weight in tables}.values())  # type: ignore[arg-type]
 
 
 def squares_of_tables(system: nn.Module) -> Tensor:
-    """Sum of the squares of all rows of all tables, a scalar; refuses sparse tables, of which only the batch's rows may move."""
-    return torch.stack([weight.square().sum() for weight in embeddings_of(system)]).sum()
+    """Sum of the squares of all rows of all tables of fields, a scalar.
+
+    Decay of a micro network shrinks its output with the power of its layers, so co-action tables are left out.
+    """
+    return torch.stack([weight.square().sum() for weight in embeddings_of(system, of_fields=True)]).sum()
 
 
 def start_small(system: nn.Module, std: float) -> None:
-    """The leaderboards' start: embeddings normal with this deviation, linear maps Xavier normal with bias 0.
+    """The leaderboards' start: embeddings of fields normal with this deviation, linear maps Xavier normal with bias 0.
 
-    Linear maps that a system starts at 0 on purpose, such as the last one of a gate, stay 0.
+    What a system starts at 0 on purpose, such as the last map of a gate, stays 0, and micro networks stay as they are.
     """
-    for weight in embeddings_of(system):
+    for weight in embeddings_of(system, of_fields=True):
         if weight.any():
             nn.init.normal_(weight, std=std)
     for module in system.modules():
