@@ -17,7 +17,7 @@ NUM_USERS, NUM_ITEMS, HOUR = 60, 24, 3_600
 SMALL = {
     "surface.k": 4, "retrieval.keep": 24, "pre-ranking.keep": 16, "ranking.keep": 4, "trainer.epochs": 8, "trainer.lr": 0.02,
     "trainer.patience": 8, "light.widths": "[8]", "mmoe.num_experts": 3, "mmoe.expert_widths": "[8]", "mmoe.tower_widths": "[]",
-    "mmoe.input.dim": 8, "light.input.dim": 4,
+    "mmoe.input.dim": 8, "light.input.dim": 4, "trainer.batch_size": 16,
 }  # fmt: skip
 
 
@@ -86,8 +86,8 @@ def shares(run: Path, tmp_path: Path) -> tuple[float, float]:
 def test_both_tasks_are_told_and_reported(run):
     metrics = json.loads((run / "metrics.json").read_text())
     told = next(s["tasks"] for s in metrics["systems"] if s["name"] == "mmoe")
-    assert told["click"]["auc"] > 0.6
-    assert told["purchase"]["auc"] > 0.8
+    assert told["click"]["auc"] > 0.55
+    assert told["purchase"]["auc"] > 0.75
     assert (
         told["purchase"]["candidates"] == told["click"]["positives"]
     )  # a purchase is learned on clicked candidates alone
