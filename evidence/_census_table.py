@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 import _multi_task as tables
 from shortlist.evaluation.evidence import Arm, Judgement, Lab
+from shortlist.layers.experts import gate_diagnosis
 from shortlist.models.base import Ranker
+from shortlist.models.ranking.mmoe import MMoE
 
 TOWER = (8,)
 SINGLE, SHARED, OMOE, MMOE, CGC, PLE = "single task", "shared-bottom", "OMoE", "MMoE", "CGC", "PLE"
@@ -55,8 +59,9 @@ def _measured(
         return lambda width: tables.built(*network(arm, width), data, of, seed)
 
     if arm != SINGLE:
-        width = 16 if arm == MMOE else tables.width_for(size, make(tasks))
-        return tables.learned(make(tasks)(width), data, tasks, training, seed)
+        made = make(tasks)(16 if arm == MMOE else tables.width_for(size, make(tasks)))
+        told = tables.learned(made, data, tasks, training, seed)
+        return {**told, **_gates(made, data)} if isinstance(made, MMoE) else told
     found: dict[str, float] = {"cost:parameters": 0.0}
     for task in tasks:
         width = tables.width_for(size // 2, make((task,)))
@@ -64,6 +69,14 @@ def _measured(
         found["cost:parameters"] += told.pop("cost:parameters")
         found |= told
     return found
+
+
+def _gates(made: MMoE, data: tables.People) -> dict[str, float]:
+    """Entropy of the gates (near 0 = one expert takes all) and how far apart they are, means over the tasks, on 2,000 test rows."""
+    test = data.world.test
+    batch = test.batch(data.world, np.arange(min(2_000, len(test.requests))), 1)
+    found = gate_diagnosis(made.gate_weights(batch)).values()
+    return {f"gate_{name}": sum(task[name] for task in found) / len(found) for name in ("entropy", "apart")}
 
 
 def judge_table(arms: Mapping[str, Arm], tasks: tuple[str, str]) -> Judgement:
@@ -78,7 +91,8 @@ def judge_table(arms: Mapping[str, Arm], tasks: tuple[str, str]) -> Judgement:
     spread = ", ".join(f"{n} {_spread(a.per_seed[main]):.4f}" for n, a in arms.items())
     reason = (
         f"MMoE against shared-bottom: {gain:+.4f} on {tasks[0]}, {-loss:+.4f} on {tasks[1]}. AUC {tasks[0]} / {tasks[1]}: {shown}. Best on "
-        f"{tasks[0]}: {best}. Standard deviation over seeds, splits included: {spread}. Sizes from {min(sizes):,.0f} to {max(sizes):,.0f}."
+        f"{tasks[0]}: {best}. MMoE's gates: entropy {mmoe['gate_entropy'].mean:.2f} of the largest, {mmoe['gate_apart'].mean:.2f} apart. "
+        f"Standard deviation over seeds, splits included: {spread}. Sizes from {min(sizes):,.0f} to {max(sizes):,.0f}."
     )
     if gain >= 0.001 and loss <= 0.001 and equal:
         return Judgement("holds", reason)
