@@ -8,7 +8,14 @@ from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Categorical, Image, Numeric, Sequence, Text, Vector
 from shortlist.errors import ConfigError, DataError
 from shortlist.models.base import RequestShape, load_weights
-from shortlist.models.ranking.lambdamart import LambdaMART, LambdaMARTConfig, codes, columns_of, mean_comparisons
+from shortlist.models.ranking.lambdamart import (
+    LambdaMART,
+    LambdaMARTConfig,
+    codes,
+    columns_of,
+    lesson_of,
+    mean_comparisons,
+)
 
 SMALL = LambdaMARTConfig(num_trees=40, num_leaves=8, lr=0.2, min_leaf=5)
 
@@ -205,3 +212,13 @@ def test_what_is_missing_is_named(monkeypatch):
             ConfigError, match=r"lambdamart needs the library 'lightgbm'.*pip install 'shortlist\[baselines\]'"
         ):
             use()
+
+
+def test_candidates_whose_label_is_not_known_are_left_out():
+    label = torch.tensor([1.0, torch.nan, 0.0, torch.nan, 1.0])
+    batch = batch_of([[], [], []], [[1, 2, 3], [4], [5]], labels={"buy": label})
+    x = np.arange(10, dtype=np.float32).reshape(5, 2)
+    lesson = lesson_of([(batch, x), (batch, x + 10)], "buy")
+    assert lesson.label.tolist() == [1, 0, 1] * 2
+    assert lesson.x[:, 0].tolist() == [0, 4, 8, 10, 14, 18]
+    assert lesson.lengths.tolist() == [2, 1] * 2

@@ -249,20 +249,23 @@ class LambdaMART(Ranker):
 
 
 def lesson_of(taken: Sequence[tuple[Batch, NDArray[np.float32]]], task: str) -> Lesson:
-    """All batches end to end; DataError where the task has no labels, or none above 0."""
-    labels, weights, lengths = [], [], []
-    for batch, _ in taken:
+    """All batches end to end, candidates whose label is not known (NaN) left out; DataError where the task has no labels, or none above 0."""
+    rows, labels, weights, lengths = [], [], [], []
+    for batch, x in taken:
         if task not in batch.labels:
             raise DataError(
                 f"the batch has no labels for {[task]}; label every task of the space or drop it from the tasks"
             )
         label = batch.labels[task]
-        labels.append(label.gt(0).cpu().numpy())
-        weights.append((torch.ones_like(label) if batch.weight is None else batch.weight).cpu().numpy())
-        lengths.append(batch.candidate_rows.lengths.cpu().numpy())
+        known, candidates = ~label.isnan(), batch.candidate_rows
+        rows.append(x[known.cpu().numpy()])
+        labels.append(label[known].gt(0).cpu().numpy())
+        weights.append((torch.ones_like(label) if batch.weight is None else batch.weight)[known].cpu().numpy())
+        number = candidates.row_of_value[known]
+        lengths.append(torch.bincount(number, minlength=candidates.num_rows).cpu().numpy())
     length = np.concatenate(lengths)
     lesson = Lesson(
-        x=np.concatenate([x for _, x in taken]),
+        x=np.concatenate(rows),
         label=np.concatenate(labels).astype(np.int32),
         weight=np.concatenate(weights).astype(np.float32),
         lengths=length[length > 0],
