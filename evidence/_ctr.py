@@ -99,7 +99,8 @@ def frappe(root: Path | None) -> Table:
     if root is None:
         return planted_table()
     names = {"train": "train_pos_exact_neg_resampled", "valid": "valid", "test": "test"}
-    return Table(**{part: pl.read_parquet(root / "frappe" / f"frappe_{name}.parquet") for part, name in names.items()})
+    train, valid, test = (pl.read_parquet(root / "frappe" / f"frappe_{names[part]}.parquet") for part in PARTS)
+    return Table(train=train, valid=valid, test=test)
 
 
 def criteo_sample(root: Path | None, seed: int = 0) -> Table:
@@ -114,8 +115,8 @@ def criteo_sample(root: Path | None, seed: int = 0) -> Table:
         *[pl.when(pl.col(c).is_null()).then(-1).otherwise(b).alias(c) for c, b in zip(numbers, bucket, strict=True)]
     ).fill_null(-1)
     part = np.digitize(np.random.default_rng(seed).random(len(rows)), [0.8, 0.9])
-    parts = {name: rows.filter(pl.Series(part == number)) for number, name in enumerate(PARTS)}
-    return Table(**parts, user=None, item=None, min_count=2)
+    train, valid, test = (rows.filter(pl.Series(part == number)) for number in range(len(PARTS)))
+    return Table(train=train, valid=valid, test=test, user=None, item=None, min_count=2)
 
 
 def planted_table(num_rows: int = 6_000, num_users: int = 40, num_items: int = 60, seed: int = 0) -> Table:
@@ -421,7 +422,7 @@ def hard_rows(world: World) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     bin_of_row = np.log2(1 + scores["popularity"].numpy()[row]).astype(np.int64)
     positive = world.test.label.numpy()[row] > 0
     counts = np.stack([np.bincount(bin_of_row[side], minlength=64) for side in (positive, ~positive)]).astype(float)
-    both = (counts > 0).all(0)
+    both = np.asarray((counts > 0).all(0))
     share = np.divide(counts[0], counts[1], out=np.zeros(counts.shape[1]), where=both)
     kept = both[bin_of_row]
     weight = np.where(positive, 1.0, share[bin_of_row])

@@ -52,7 +52,7 @@ HEAD = HeadConfig(
 CLAIM = Claim(
     name="apg_parameters",
     systems=("apg", "deepfm"),
-    claim="Hidden layers of which only a 4 x 4 core is made per row need a tenth of the parameters of ordinary ones or less, and rank as well.",
+    claim="Hidden layers of which only a 4 x 4 core is made per row need a tenth of ordinary ones' parameters or less, and rank as well.",
     data="The wide tower: random inputs. Frappe_x1: 202,027 / 57,722 / 28,860 rows; training negatives redrawn, so figures are near "
     "published ones, not equal",
     protocol="Wide tower 393-1024-512-256-1, self condition, rank 4, shared bias: parameters without and with Adam's two moments, and the "
