@@ -249,7 +249,7 @@ class LambdaMART(Ranker):
 
 
 def lesson_of(taken: Sequence[tuple[Batch, NDArray[np.float32]]], task: str) -> Lesson:
-    """All batches end to end, candidates whose label is not known (NaN) left out; DataError where the task has no labels, or none above 0."""
+    """All batches end to end, without candidates whose label is not known (NaN); DataError without labels, or with none above 0."""
     rows, labels, weights, lengths = [], [], [], []
     for batch, x in taken:
         if task not in batch.labels:
