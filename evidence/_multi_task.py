@@ -83,9 +83,9 @@ class Training:
 
     batch_size: int = 1024
     lr: float = 2e-3
-    epochs: int = 8
+    epochs: int = 20
     """At most; the best one by the first task's AUC on validation stands."""
-    patience: int = 2
+    patience: int = 3
 
 
 QUICK = Training(batch_size=256, lr=1e-2, epochs=2)

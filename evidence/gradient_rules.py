@@ -40,7 +40,7 @@ CLAIM = Claim(
     "tasks.",
     data=f"Random sets of 2, 3, 5 and 8 gradients of 50 numbers, lengths spread over four decades; {tables.DATA}",
     protocol="Random sets: 2,000 of each size, the same for all rules. Census: income above 50K, education of at least college and never "
-    "married with a shared bottom of 64 and 32 units and towers of 16; Adam 0.002, batch 1,024, at most 8 epochs, the epoch with the best "
+    "married with a shared bottom of 64 and 32 units and towers of 16; Adam 0.002, batch 1,024, at most 20 epochs, the epoch with the best "
     "income AUC on validation, test once; three seeds. A conflict is a step whose product with the gradient of some task, both of the same "
     "minibatch and of shared parameters, is below 0; of the gradient, before Adam rescales it.",
     bar="GradOPS: no conflict in any random set and in no step of census training, for any trade-off; sum, PCGrad and GradVac conflict on "

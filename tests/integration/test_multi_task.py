@@ -53,10 +53,11 @@ def is_cheap(item: int) -> bool:
 def trained(folder: Path, name: str, **changes: object) -> Path:
     out = folder / name
     words = [word for key, value in {**SMALL, **changes}.items() for word in ("--set", f"{key}={value}")]
-    succeeds(
+    told = succeeds(
         "train", folder / "events.csv", "--items", folder / "items.csv", "--config", EXAMPLE, "--set", "surface.repeats=yes",
         "--out", out, "--no-report", "--quiet", *words,
     )  # fmt: skip
+    assert "gauc" in told.out
     return out
 
 

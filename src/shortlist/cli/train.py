@@ -42,6 +42,7 @@ def command(
     from shortlist.cascade.build import train_cascade
     from shortlist.cascade.config import RunConfig
     from shortlist.evaluation.tables import aligned, losses_text
+    from shortlist.evaluation.tasks import task_rows
     from shortlist.store.snapshot import check_writable
 
     began = time.perf_counter()
@@ -72,6 +73,9 @@ def command(
     ]
     k = run.config.surface.k
     typer.echo("\n".join(aligned(rows)))
+    by_task = {s["name"]: s["tasks"] for s in run.metrics["systems"] if s.get("tasks")}
+    if by_task:
+        typer.echo("\n" + "\n".join(aligned(task_rows(by_task))))
     typer.echo(f"\nvalidation page: ndcg@{k} {valid[f'ndcg@{k}']:.4f} on {valid['requests']:,} requests\n")
     typer.echo(losses_text(valid["lost_at"]))
     if page is not None:
