@@ -18,8 +18,8 @@ TOWER = (8,)
 SINGLE, SHARED, OMOE, MMOE, CGC, PLE = "single task", "shared-bottom", "OMoE", "MMoE", "CGC", "PLE"
 PROTOCOL = (
     "8 experts of 16 units in MMoE; every other network is made as large by its width (within 5%, gates counted, embeddings of 8 the same "
-    "for all); the two single-task networks have half of that each. Adam 0.002, batch 1,024, at most 20 epochs, the epoch with the best AUC "
-    "of the first task on validation, test once; ten seeds, each with its own split. No tuning by arm."
+    "for all); the two single-task networks have half of that each. Adam 0.002, batch 1,024, at most 20 epochs, the epoch with the best "
+    "AUC of the first task on validation, test once; ten seeds, each with its own split. No tuning by arm."
 )
 BAR = (
     "MMoE's mean AUC of the first task is above shared-bottom's by 0.001 or more, that of the second is not lower by more than 0.001, and "

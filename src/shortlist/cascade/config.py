@@ -46,8 +46,8 @@ class Surface:
     task_weights: Mapping[str, float] = field(default_factory=dict)
     """How much each task of `learning.tasks` counts in the order of the page; empty = the first task alone."""
     combine: Literal["sum", "product"] = "sum"
-    """What is done with the tasks' chances p: sum of weight * p, or product of p ** weight, such as click times conversion. p is the sigmoid
-    of a ranker's score, which is a chance where the ranker learns with loss = "bce"."""
+    """What is done with the tasks' chances p: sum of weight * p, or product of p ** weight, such as click times conversion. p is the
+    sigmoid of a ranker's score, which is a chance where the ranker learns with loss = "bce"."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
