@@ -308,7 +308,7 @@ def trained(
         space = replace(space, items=FieldTable(space.items.num_rows))
     for lr in training.lrs:
         torch.manual_seed(seed)
-        known = entry.cls.Config.__dataclass_fields__  # type: ignore[attr-defined]
+        known = entry.cls.Config.__dataclass_fields__
         length = {"max_history": training.max_history} if "max_history" in known else {}
         system = entry.cls(entry.config({**length, **settings}), space)
         if change is not None:
