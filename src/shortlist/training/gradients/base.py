@@ -153,7 +153,8 @@ def stacked(parameter: nn.Parameter, gradients: Sequence[Tensor | None], place: 
 def backward(rule: GradientRule, losses: Losses, shared: Sequence[nn.Parameter]) -> dict[str, Tensor]:
     """Set the gradients of a step: of `shared` as the rule says, of every other parameter as the sum of the losses would.
 
-    All losses come from one forward pass; each has a backward pass of its own. A sparse table takes part with the rows of the batch.
+    All losses come from one forward pass; each has a backward pass of its own. A sparse table takes part with the rows of the batch;
+    a dense one whole, T times its size in memory, so large ones should be `sparse`.
 
     Returns, for the curve, the share of pairs of tasks whose gradients of the shared parameters point against each other.
     """
