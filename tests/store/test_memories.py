@@ -38,7 +38,8 @@ def test_the_least_recently_used_goes_first_and_the_bound_is_never_passed():
     assert [m is not None for m in memories.get("s", ("a", "b", "c"))] == [True, False, True]
     memories.put("s", ("d",), [memory(10_000)])  # alone above the bound
     status = memories.status()
-    assert status.num_bytes == 0 and status.num_entries == 0
+    assert status.num_bytes == 0
+    assert status.num_entries == 0
 
 
 def test_none_forgets_one_system_and_forget_all_of_them():
@@ -46,7 +47,8 @@ def test_none_forgets_one_system_and_forget_all_of_them():
     for system in ("s", "t"):
         memories.put(system, ("a", "b"), [memory(1), memory(1)])
     memories.put("s", ("a",), [None])
-    assert memories.get("s", ("a",)) == [None] and memories.get("t", ("a",)) != [None]
+    assert memories.get("s", ("a",)) == [None]
+    assert memories.get("t", ("a",)) != [None]
     memories.forget("b")
     assert memories.get("s", ("b",)) == memories.get("t", ("b",)) == [None]
     assert memories.status().num_bytes == size(1)
