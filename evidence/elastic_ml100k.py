@@ -16,7 +16,8 @@ from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
 from shortlist.evaluation.evidence import Arm, Claim, Judgement, Lab
 from shortlist.layers.fields import ItemEncoder
-from shortlist.layers.next_item import NextItemConfig, NextItemLoss, last_of_rows
+from shortlist.layers.item_sequences import last_of_rows
+from shortlist.layers.next_item import NextItemConfig, NextItemLoss
 from shortlist.models.base import Cost, Losses, RequestShape, VectorRetriever
 from shortlist.registry import system
 
@@ -60,7 +61,7 @@ class MeanPooling(VectorRetriever):
     def encode_user(self, batch: Batch) -> Tensor:
         """float32 [B, D]."""
         rows = batch.history.items.last(self.max_history)
-        return self.objective.query(last_of_rows(self._query(rows), rows)[0])
+        return self.objective.query(last_of_rows(self._query(rows), rows))
 
     def encode_items(self, rows: Tensor) -> Tensor:
         """float32 [n, D]."""

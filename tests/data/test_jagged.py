@@ -84,3 +84,15 @@ def test_lengths_of_some_rows_are_those_of_all_rows():
     wanted = torch.tensor([3, 0, 0, 2, 1, -1])
     assert rows.lengths_of(wanted).tolist() == rows.lengths[wanted].tolist() == [2, 3, 3, 1, 0, 2]
     assert rows.select(wanted[:5]).values.tolist() == [5, 6, 1, 2, 3, 1, 2, 3, 4]
+
+
+def test_keeping_some_values_keeps_the_rows():
+    rows = Jagged.from_rows([[1, 2, 3], [], [4], [5, 6]])
+    mask = torch.tensor([True, False, True, False, True, True])
+    kept = rows.keep(mask)
+    assert kept.values.tolist() == [1, 3, 5, 6]
+    assert kept.offsets.tolist() == [0, 2, 2, 2, 4]
+    assert rows.count(mask).tolist() == [2, 0, 0, 2]
+    assert rows.count(~mask).tolist() == [1, 0, 1, 0]
+    nothing = Jagged.from_rows([])
+    assert nothing.keep(torch.zeros(0, dtype=torch.bool)).num_rows == 0

@@ -85,8 +85,19 @@ class Jagged:
         if not len(self.values) or int(self.lengths.max()) <= count:
             return self
         kept_B = self.lengths.clamp(max=count)
-        keep = self.position_of_value >= (self.lengths - kept_B)[self.row_of_value]
-        return Jagged.from_lengths(self.values[keep], kept_B)
+        return self.keep(self.position_of_value >= (self.lengths - kept_B)[self.row_of_value])
+
+    def count(self, mask: Tensor) -> Tensor:
+        """int64 [B]: how many values of each row have the mask [total] bool True."""
+        return self._offsets_of(mask).diff()
+
+    def keep(self, mask: Tensor) -> Jagged:
+        """The rows without the values at which the mask [total] bool is False."""
+        return Jagged(self.values[mask], self._offsets_of(mask))
+
+    def _offsets_of(self, mask: Tensor) -> Tensor:
+        seen = torch.cat([self.offsets.new_zeros(1), mask.cumsum(0)])
+        return seen.index_select(0, self.offsets)
 
     def select(self, rows: Tensor) -> Jagged:
         """Rows [n] int64 of this, in the given order, repeats allowed."""

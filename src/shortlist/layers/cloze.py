@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from shortlist.data.batches import History, NextTargets
 from shortlist.data.jagged import Jagged
-from shortlist.layers.next_item import keep_values
 
 
 class Sequences(NamedTuple):
@@ -63,7 +62,7 @@ def random_prefixes(sequences: Sequences, per_user: int, max_events: int) -> Seq
     Users without events have none: the result has at most B * per_user rows. Uses torch's global generator.
     """
     rows, device = sequences.rows, sequences.rows.values.device
-    groups_B = torch.bincount(rows.row_of_value[sequences.opens], minlength=rows.num_rows)
+    groups_B = rows.count(sequences.opens)
     user_R = (groups_B > 0).nonzero()[:, 0].repeat_interleave(per_user)
     first_B = groups_B.cumsum(0) - groups_B
     kept_R = (torch.rand(len(user_R), dtype=torch.float64, device=device) * groups_B[user_R]).long() + 1
@@ -117,7 +116,7 @@ def hide(sequences: Sequences, masked_G: Tensor) -> Cloze:
     rows, group = sequences.rows, sequences.group
     is_hidden = masked_G[group]
     keep = sequences.opens | ~is_hidden
-    holes = keep_values(rows.with_values(rows.values.masked_fill(is_hidden, 0)), keep)
+    holes = rows.with_values(rows.values.masked_fill(is_hidden, 0)).keep(keep)
     is_mask = is_hidden[keep]
     width = int(rows.values.max()) + 1 if len(rows.values) else 1
     pair = (group[is_hidden] * width + rows.values[is_hidden]).unique()

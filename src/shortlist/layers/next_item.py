@@ -30,7 +30,6 @@ from shortlist.data.samplers import (
 from shortlist.data.schema import Space
 from shortlist.errors import ConfigError
 from shortlist.kernels.sampled_softmax import shared_sampled_softmax
-from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.losses import (
     bce_loss,
     bpr_loss,
@@ -52,7 +51,7 @@ SequenceLoss = Literal["full_softmax", "sampled_softmax", "gbce", "bce_k", "bce"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NextItemConfig:
-    """Settings of the objective; the settings of every next-item system begin with them."""
+    """Settings of the objective."""
 
     loss: SequenceLoss = "full_softmax"
     """full_softmax over all items; sampled_softmax, gbce and bce_k against `num_negatives`; bce as in SASRec's paper: one negative of
@@ -248,28 +247,6 @@ class NextItemLoss(nn.Module):
         in_batch = InBatchSampler.of_counts(self.count_N)
         parts = [(len(targets_T), in_batch.log_q(rows)), (config.num_negatives, extra.log_q(rows))]
         return rows, config.log_q * mixed_log_expected(parts)
-
-
-def readable_rows(items: ItemEncoder, rows: Jagged) -> Tensor:
-    """bool [total]: events that say something: of known items, or of items that a field describes."""
-    return rows.values > 0 if items.num_fields else items.known_items[rows.values]
-
-
-def keep_values(rows: Jagged, keep: Tensor) -> Jagged:
-    """The rows without the values at which `keep` [total] bool is False."""
-    if bool(keep.all()):
-        return rows
-    kept_B = torch.zeros(rows.num_rows, dtype=torch.int64, device=rows.offsets.device)
-    kept_B.index_add_(0, rows.row_of_value, keep.long())
-    return Jagged.from_lengths(rows.values[keep], kept_B)
-
-
-def last_of_rows(vectors: Tensor, rows: Jagged) -> tuple[Tensor, Tensor]:
-    """Of vectors [total, D] the one at each row's last position, [B, D] with zeros for empty rows; and bool [B]: rows that have one."""
-    has_any_B = rows.lengths > 0
-    last_BD = vectors.new_zeros(rows.num_rows, vectors.shape[1])
-    last_BD[has_any_B] = vectors[rows.offsets[1:][has_any_B] - 1]
-    return last_BD, has_any_B
 
 
 def _items_of_users(history: Jagged, targets: NextTargets) -> tuple[Jagged, Tensor]:

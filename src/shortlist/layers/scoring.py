@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from shortlist.data.batches import Batch, Candidates, History
 from shortlist.data.histories import View
-from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Numeric, Space
 from shortlist.embeddings.base import Table, TableChoice, dropped_ids, make_table, tables_of
 from shortlist.errors import ConfigError, DataError
@@ -373,9 +372,7 @@ def task_losses(scores: Mapping[str, Tensor], batch: Batch, loss: RankingLoss) -
         label, weight, listed = batch.labels[task], batch.weight, rows
         known = ~label.isnan()
         if not known.all():
-            listed = Jagged.from_lengths(
-                rows.values[known], torch.bincount(rows.row_of_value[known], minlength=rows.num_rows)
-            )
+            listed = rows.keep(known)
             score, label, weight = score[known], label[known], None if weight is None else weight[known]
         losses[task] = (
             binary_loss(score, label, weight) if binary else softmax_ranking_loss(score, label, listed, weight)

@@ -169,7 +169,7 @@ class TargetSource:
         rows = batch.candidate_rows
         limit = np.full(batch.size, self.max_targets)
         keep = _random_subset(rows, limit, _generator(self.seed, epoch, step))
-        return batch.with_candidates(Jagged.from_lengths(rows.values[keep], _count(rows, keep)))
+        return batch.with_candidates(rows.keep(keep))
 
 
 class CandidateSource:
@@ -216,7 +216,7 @@ class CandidateSource:
         self.batch_size, self.max_history, self.num_negatives, self.seed = batch_size, max_history, num_negatives, seed
         self.positive = torch.stack(list(labels.values())).gt(0).any(0)
         counted = self.positive if only_chosen else torch.ones_like(self.positive)
-        self.kept: Int = np.flatnonzero(_count(candidates.rows, counted).numpy())
+        self.kept: Int = np.flatnonzero(candidates.rows.count(counted).numpy())
         if not self.positive.any():
             raise DataError(
                 f"none of {len(requests):,} requests has a positive candidate: the earlier stages let nothing through that was "
@@ -253,9 +253,9 @@ class CandidateSource:
         index, lengths_B = self.candidates.where(chosen_B)
         rows = Jagged.from_lengths(index, lengths_B)
         positive = self.positive[index]
-        limit_B = (_count(rows, positive) + (self.num_negatives or 0)).numpy()
+        limit_B = (rows.count(positive) + (self.num_negatives or 0)).numpy()
         keep = _random_subset(rows, limit_B, _generator(self.seed, epoch, step), first=positive)
-        return index[keep], _count(rows, keep)
+        return index[keep], rows.count(keep)
 
 
 def _together(start: int, steps: int, batch_size: int) -> Iterator[range]:
@@ -307,11 +307,6 @@ def _epoch_order(num_rows: int, batch_size: int, seed: int, epoch: int, lengths:
     num_whole = num_rows // batch_size
     whole = order[: num_whole * batch_size].reshape(num_whole, batch_size)
     return np.concatenate([generator.permutation(whole).reshape(-1), order[num_whole * batch_size :]])
-
-
-def _count(rows: Jagged, mask: Tensor) -> Tensor:
-    """[B] int64: how many values of each row have the mask [total] True."""
-    return torch.bincount(rows.row_of_value[mask], minlength=rows.num_rows)
 
 
 def _random_subset(

@@ -27,7 +27,7 @@ Differences from the paper:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,22 +36,26 @@ from shortlist.data.batches import Batch
 from shortlist.data.histories import View
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
-from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.attention import LengthClasses
 from shortlist.layers.cloze import draw_masks, hide, whole_sequences, with_mask_behind
 from shortlist.layers.counting import popularity_order
 from shortlist.layers.encoder_block import EncoderBlock, NormPlace, encoder_flops
 from shortlist.layers.factors import beside_popularity
-from shortlist.layers.fields import ItemEncoder
-from shortlist.layers.next_item import NextItemConfig, NextItemLoss, keep_values, readable_rows
+from shortlist.layers.item_sequences import (
+    SequenceConfig,
+    item_encoder,
+    readable,
+    user_vectors,
+)
+from shortlist.layers.next_item import NextItemLoss
 from shortlist.layers.output_bias import BiasedItems, OutputBias
 from shortlist.models.base import Cost, Losses, RequestShape, VectorRetriever
 from shortlist.registry import system
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BERT4RecConfig(NextItemConfig):
+class BERT4RecConfig(SequenceConfig):
     """Settings of BERT4Rec beside those of the objective; the defaults are the paper's for long histories (ML-1M)."""
 
     dim: int = 64
@@ -75,24 +79,18 @@ class BERT4RecConfig(NextItemConfig):
     2e-3 and more, at which post-ln without a warm-up stands still."""
     output_bias: bool = True
     """One learned number per item beside the inner product; it carries popularity. Cosine scores (normalise) exclude it."""
-    use_fields: bool = True
-    """Add item fields to the item's vector; False is the paper's model."""
-    id_dropout: float = 0.1
-    """Share of item ids hidden in training where there are fields, so that the fields can stand for an item without events."""
-    window_days: float | None = 14.0
-    """Users without history get the popular items of the last so many days of training; None = of all times."""
     init_std: float = 0.02
     """Standard deviation of all initial weights."""
-    table: TableChoice = field(default_factory=TableChoice)
-    """Table of the item ids; a sparse one excludes full_softmax, which touches every row."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "max_history", "num_blocks", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"bert4rec: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dropout", "attention_dropout", "id_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"bert4rec: {name} must be from 0 to below 1, got {getattr(self, name)}")
+        self.check(
+            "bert4rec",
+            positive=("dim", "max_history", "num_blocks", "num_heads"),
+            shares=(
+                "dropout",
+                "attention_dropout",
+            ),
+        )
         if not 0 < self.mask_share < 1 or not 0 <= self.last_share <= 1:
             raise ConfigError(
                 "bert4rec: mask_share must lie between 0 and 1 and last_share from 0 to 1, "
@@ -102,11 +100,8 @@ class BERT4RecConfig(NextItemConfig):
             raise ConfigError(f"bert4rec: num_heads must divide dim, got {self.num_heads} heads and dim {self.dim}")
         if self.normalise and self.output_bias:
             raise ConfigError("bert4rec: cosine scores have no room for an output bias; set output_bias = false")
-        if self.window_days is not None and self.window_days <= 0:
-            raise ConfigError(f"bert4rec: window_days must be above 0 or absent, got {self.window_days}")
         if self.init_std <= 0:
             raise ConfigError(f"bert4rec: init_std must be above 0, got {self.init_std}")
-        self.check_objective("bert4rec", sparse=self.table.sparse)
 
 
 @system(
@@ -129,11 +124,7 @@ class BERT4Rec(VectorRetriever):
     def __init__(self, config: BERT4RecConfig, space: Space) -> None:
         super().__init__(config, space)
         self.max_history = config.max_history
-        self.items = ItemEncoder(
-            space, config.dim, id_dropout=config.id_dropout, use_fields=config.use_fields, table=config.table
-        )
-        if not self.items.num_fields:
-            self.items.id_dropout = 0.0  # a hidden id would leave nothing to learn from
+        self.items = item_encoder(space, config.dim, config)
         self.mask = nn.Parameter(torch.empty(config.dim))
         self.positions = nn.Embedding(config.max_history + 1, config.dim)
         self.norm_input = nn.LayerNorm(config.dim) if config.norm == "post-ln" else None
@@ -202,12 +193,10 @@ class BERT4Rec(VectorRetriever):
     def encode_user(self, batch: Batch) -> Tensor:
         """float32 [B, W + 1]: the mask's vector and 0; for users without a known event zeros and 1 (popularity). W = D or D + 1."""
         history = batch.history.items
-        known = keep_values(history, readable_rows(self.items, history)).last(self.max_history)
+        known = readable(self.items, history, self.max_history)
         rows, is_mask = with_mask_behind(known)
         query_BD = self.objective.query(self._query(rows, self.items(rows.values), is_mask, rows.offsets[1:] - 1))
-        has_none_B = known.lengths == 0
-        query_BD = query_BD.masked_fill(has_none_B[:, None], 0.0)
-        return beside_popularity(query_BD, has_none_B.to(query_BD.dtype)).float()
+        return user_vectors(query_BD, known)
 
     def encode_items(self, rows: Tensor) -> Tensor:
         """float32 [n, W + 1]: the item's vector, its bias, and its popularity in 0..1, which only users without history read."""

@@ -24,7 +24,7 @@ head, D width, n items.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,12 +35,17 @@ from shortlist.data.batches import Batch
 from shortlist.data.histories import View
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
-from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.counting import popularity_order
 from shortlist.layers.factors import beside_popularity
-from shortlist.layers.fields import ItemEncoder
-from shortlist.layers.next_item import NextItemConfig, NextItemLoss, keep_values, last_of_rows, readable_rows
+from shortlist.layers.item_sequences import (
+    SequenceConfig,
+    item_encoder,
+    last_of_rows,
+    readable,
+    user_vectors,
+)
+from shortlist.layers.next_item import NextItemLoss
 from shortlist.layers.product_keys import ProductKeyMemory
 from shortlist.layers.towers import MLP
 from shortlist.models.base import Cost, Losses, Memory, RequestShape, VectorRetriever
@@ -50,7 +55,7 @@ CAP = 20.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ElasticConfig(NextItemConfig):
+class ElasticConfig(SequenceConfig):
     """Settings of ELASTIC beside those of the objective."""
 
     dim: int = 64
@@ -71,29 +76,19 @@ class ElasticConfig(NextItemConfig):
     """Slots read per interest token."""
     dropout: float = 0.2
     """Share dropped of embeddings, block outputs and hidden units, in training."""
-    use_fields: bool = True
-    """Add item fields to the item's vector."""
-    id_dropout: float = 0.1
-    """Share of item ids hidden in training where there are fields, so that the fields can stand for an item without events."""
-    window_days: float | None = 14.0
-    """Users without history get the popular items of the last so many days of training; None = of all times."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
-    table: TableChoice = field(default_factory=TableChoice)
-    """Table of the item ids; a sparse one excludes full_softmax, which touches every row."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "max_history", "num_blocks", "num_heads", "num_experts", "chunk", "memory_reads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"elastic: {name} must be at least 1, got {getattr(self, name)}")
+        self.check(
+            "elastic",
+            positive=("dim", "max_history", "num_blocks", "num_heads", "num_experts", "chunk", "memory_reads"),
+            shares=("dropout",),
+        )
         if self.memory_slots < 0:
             raise ConfigError(f"elastic: memory_slots must be at least 0, got {self.memory_slots}")
         if self.dim % self.num_heads:
             raise ConfigError(f"elastic: num_heads must divide dim, got {self.num_heads} heads and dim {self.dim}")
-        for name in ("dropout", "id_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"elastic: {name} must be from 0 to below 1, got {getattr(self, name)}")
-        self.check_objective("elastic", sparse=self.table.sparse)
 
 
 class Chunks(NamedTuple):
@@ -240,11 +235,7 @@ class Elastic(VectorRetriever):
     def __init__(self, config: ElasticConfig, space: Space) -> None:
         super().__init__(config, space)
         self.max_history = config.max_history
-        self.items = ItemEncoder(
-            space, config.dim, id_dropout=config.id_dropout, use_fields=config.use_fields, table=config.table
-        )
-        if not self.items.num_fields:
-            self.items.id_dropout = 0.0  # a hidden id would leave nothing to learn from
+        self.items = item_encoder(space, config.dim, config)
         self.positions = nn.Embedding(config.max_history, config.dim)
         nn.init.normal_(self.positions.weight, std=config.init_std)
         self.dropout = nn.Dropout(config.dropout)
@@ -332,11 +323,10 @@ class Elastic(VectorRetriever):
 
     def _readable(self, batch: Batch) -> Jagged:
         history = batch.history.items
-        return keep_values(history, readable_rows(self.items, history)).last(self.max_history)
+        return readable(self.items, history, self.max_history)
 
     def _vector(self, query_TD: Tensor, rows: Jagged) -> Tensor:
-        user_BD, has_history_B = last_of_rows(self.objective.query(query_TD), rows)
-        return beside_popularity(user_BD, (~has_history_B).to(user_BD.dtype)).float()
+        return user_vectors(last_of_rows(self.objective.query(query_TD), rows), rows)
 
     def encode_items(self, rows: Tensor) -> Tensor:
         """float32 [n, D + 1]: the item's vector and its popularity in 0..1, which only users without history read."""

@@ -23,7 +23,7 @@ and users without history as in the other next-item systems.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,20 +33,24 @@ from shortlist.data.batches import Batch, NextTargets
 from shortlist.data.histories import View
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
-from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.counting import popularity_order
 from shortlist.layers.factors import beside_popularity
-from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.gru import LANE, SESSION_START, gru_flops, run_gru
-from shortlist.layers.next_item import NextItemConfig, NextItemLoss, keep_values, readable_rows
+from shortlist.layers.item_sequences import (
+    SequenceConfig,
+    item_encoder,
+    readable_rows,
+    user_vectors,
+)
+from shortlist.layers.next_item import NextItemLoss
 from shortlist.layers.output_bias import BiasedItems, OutputBias
 from shortlist.models.base import Cost, Losses, Memory, RequestShape, VectorRetriever
 from shortlist.registry import system
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GRU4RecConfig(NextItemConfig):
+class GRU4RecConfig(SequenceConfig):
     """Settings of GRU4Rec beside those of the objective. As published: negatives = "in_batch", num_negatives = 2048, and either
     loss = "sampled_softmax" for large logs or loss = "bpr_max" with elu = 1 for small ones."""
 
@@ -66,28 +70,21 @@ class GRU4RecConfig(NextItemConfig):
     """A gap of more than so many hours ends a session, and what was before is not read; None = a user's history is one session."""
     output_bias: bool = True
     """One learned number per item beside the inner product. Cosine scores (normalise) exclude it."""
-    use_fields: bool = True
-    """Add item fields to the item's vector; False is the paper's model."""
-    id_dropout: float = 0.1
-    """Share of item ids hidden in training where there are fields, so that the fields can stand for an item without events."""
-    window_days: float | None = 14.0
-    """Users without history get the popular items of the last so many days of training; None = of all times."""
-    table: TableChoice = field(default_factory=TableChoice)
-    """Table of the item ids; a sparse one excludes full_softmax, which touches every row."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "max_history", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"gru4rec: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dropout", "hidden_dropout", "id_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"gru4rec: {name} must be from 0 to below 1, got {getattr(self, name)}")
+        self.check(
+            "gru4rec",
+            positive=("dim", "max_history", "num_layers"),
+            shares=(
+                "dropout",
+                "hidden_dropout",
+            ),
+            in_batch=True,
+        )
         if self.normalise and self.output_bias:
             raise ConfigError("gru4rec: cosine scores have no room for an output bias; set output_bias = false")
-        for name in ("window_days", "session_hours"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ConfigError(f"gru4rec: {name} must be above 0 or absent, got {getattr(self, name)}")
-        self.check_objective("gru4rec", sparse=self.table.sparse, counts=True)
+        if self.session_hours is not None and self.session_hours <= 0:
+            raise ConfigError(f"gru4rec: session_hours must be above 0 or absent, got {self.session_hours}")
 
 
 @system(
@@ -113,8 +110,8 @@ class GRU4Rec(VectorRetriever):
         if config.session_hours is not None and not space.has_clock:
             raise ConfigError("gru4rec: session_hours needs times, which this log lacks; leave it out")
         self.max_history = config.max_history
-        self.items = self._encoder(space)
-        self.separate = self._encoder(space) if config.inputs == "separate" else None
+        self.items = item_encoder(space, config.dim, config)
+        self.separate = item_encoder(space, config.dim, config) if config.inputs == "separate" else None
         between = config.hidden_dropout if config.num_layers > 1 else 0.0
         self.gru = nn.GRU(config.dim, config.dim, config.num_layers, dropout=between)
         self.dropout, self.hidden_dropout = nn.Dropout(config.dropout), nn.Dropout(config.hidden_dropout)
@@ -123,15 +120,6 @@ class GRU4Rec(VectorRetriever):
         self._initialise()
         self.register_buffer("popularity_N", torch.zeros(space.num_items + 1))
         self.register_buffer("lanes_NBD", torch.zeros(config.num_layers, 0, config.dim))
-
-    def _encoder(self, space: Space) -> ItemEncoder:
-        config = self.config
-        items = ItemEncoder(
-            space, config.dim, id_dropout=config.id_dropout, use_fields=config.use_fields, table=config.table
-        )
-        if not items.num_fields:
-            items.id_dropout = 0.0  # a hidden id would leave nothing to learn from
-        return items
 
     def _initialise(self) -> None:
         """Each gate's matrix uniform within sqrt(6 / (rows + columns)), biases 0, as in the reference code."""
@@ -249,7 +237,7 @@ class GRU4Rec(VectorRetriever):
         differs = ~inside
         if len(rows.values):
             differs |= rows.values[at] != old.values
-        fits_B = torch.bincount(old.row_of_value[differs], minlength=rows.num_rows) == 0
+        fits_B = old.count(differs) == 0
         start_NBD = torch.stack(states, dim=1).masked_fill(~fits_B[None, :, None], 0.0)
         return start_NBD, old.lengths * fits_B
 
@@ -260,13 +248,12 @@ class GRU4Rec(VectorRetriever):
         if self.config.session_hours is not None:
             ends_before = nn.functional.pad(self._session_ends(batch).long().cumsum(0), (1, 0))
             keep = keep & (ends_before[items.offsets[1:]][items.row_of_value] == ends_before[:-1])
-        return keep_values(items, keep).last(self.max_history)
+        return items.keep(keep).last(self.max_history)
 
     def _asking(self, state_BD: Tensor, rows: Jagged) -> Tensor:
         """float32 [B, W + 1] from states; rows without events ask for popular items."""
         query_BD = self.objective.query(BiasedItems(self.items, self.bias).asking(state_BD))
-        has_none_B = rows.lengths == 0
-        return beside_popularity(query_BD.masked_fill(has_none_B[:, None], 0.0), has_none_B.to(query_BD.dtype)).float()
+        return user_vectors(query_BD, rows)
 
     def encode_items(self, rows: Tensor) -> Tensor:
         """float32 [n, W + 1]: the item's vector, its bias, and its popularity in 0..1, which only users without history read."""

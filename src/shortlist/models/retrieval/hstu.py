@@ -30,21 +30,25 @@ from shortlist.data.batches import Batch, NextTargets
 from shortlist.data.histories import View
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
-from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.kernels.hstu_attention import Sequences
 from shortlist.layers.counting import popularity_order
 from shortlist.layers.dropout import Dropout
 from shortlist.layers.factors import beside_popularity
-from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.hstu import HSTUBlock, HSTUBlockConfig, HSTUStack, KeysValues
-from shortlist.layers.next_item import NextItemConfig, NextItemLoss, readable_rows
+from shortlist.layers.item_sequences import (
+    SequenceConfig,
+    item_encoder,
+    readable_rows,
+    user_vectors,
+)
+from shortlist.layers.next_item import NextItemLoss
 from shortlist.models.base import Cost, Losses, Memory, RequestShape, VectorRetriever
 from shortlist.registry import system
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HSTUConfig(NextItemConfig):
+class HSTUConfig(SequenceConfig):
     """Settings of HSTU beside those of the objective.
 
     The public code's objective is loss = "sampled_softmax", num_negatives = 128, negatives = "own", normalise = true and temperature
@@ -64,31 +68,15 @@ class HSTUConfig(NextItemConfig):
     own: the event's own, which knows nothing of when the user comes back."""
     use_actions: bool = True
     """Add the action's vector to the item's where the log has more than one action."""
-    use_fields: bool = True
-    """Add item fields to the item's vector; False is the public code."""
-    id_dropout: float = 0.1
-    """Share of item ids hidden in training where there are fields, so that the fields can stand for an item without events."""
     stochastic_length: float | None = None
     """alpha in (1, 2] of Stochastic Length: in training most histories longer than max_history ^ (alpha / 2) are thinned to so many
     events, which makes attention cost max_history ^ alpha; None = off. Serving always reads the whole history."""
-    window_days: float | None = 14.0
-    """Users without history get the popular items of the last so many days of training; None = of all times."""
-    table: TableChoice = field(default_factory=TableChoice)
-    """Table of the item ids; sparse = true gives row-wise updates, and excludes full_softmax, which touches every row."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "max_history"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"hstu: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dropout", "id_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"hstu: {name} must be from 0 to below 1, got {getattr(self, name)}")
+        self.check("hstu", positive=("dim", "max_history"), shares=("dropout",))
         if self.stochastic_length is not None and not 1 < self.stochastic_length <= 2:
             raise ConfigError(f"hstu: stochastic_length must be above 1 and at most 2, got {self.stochastic_length}")
-        if self.window_days is not None and self.window_days <= 0:
-            raise ConfigError(f"hstu: window_days must be above 0 or absent, got {self.window_days}")
         self.layers.check("hstu", self.dim)
-        self.check_objective("hstu", sparse=self.table.sparse)
 
 
 class Events(NamedTuple):
@@ -107,7 +95,7 @@ class Events(NamedTuple):
 
     def only(self, keep_T: Tensor) -> Events:
         """The events where the mask [T] bool is True; they keep their times and places."""
-        rows = Jagged.from_lengths(self.rows.values[keep_T], count(self.rows, keep_T))
+        rows = self.rows.keep(keep_T)
         times = self.time_T[keep_T], self.query_time_T[keep_T]
         return Events(rows, self.action_T[keep_T], *times, self.place_T[keep_T])
 
@@ -136,11 +124,7 @@ class HSTU(VectorRetriever):
     def __init__(self, config: HSTUConfig, space: Space) -> None:
         super().__init__(config, space)
         self.max_history = config.max_history
-        self.items = ItemEncoder(
-            space, config.dim, id_dropout=config.id_dropout, use_fields=config.use_fields, table=config.table
-        )
-        if not self.items.num_fields:
-            self.items.id_dropout = 0.0  # a hidden id would leave nothing to learn from
+        self.items = item_encoder(space, config.dim, config)
         has_actions = config.use_actions and len(space.actions) > 1
         self.actions = nn.Embedding(len(space.actions) + 1, config.dim) if has_actions else None
         self.places = nn.Embedding(config.max_history, config.dim)
@@ -182,7 +166,7 @@ class HSTU(VectorRetriever):
         if keep_T is not None:
             window_T = newest(rows, keep_T, self.max_history)
             time_T, action_T = time_T[window_T], action_T[window_T]
-            rows = Jagged.from_lengths(rows.values[window_T], count(rows, window_T))
+            rows = rows.keep(window_T)
         query_time_T = next_times(time_T, batch.time, rows) if self.config.query_time == "next" else time_T
         return Events(rows, action_T, time_T, query_time_T, rows.position_of_value)
 
@@ -211,7 +195,7 @@ class HSTU(VectorRetriever):
         has_history_B = rows.lengths > 0
         user_BD = x_RD.new_zeros(rows.num_rows, self.config.dim)
         user_BD[has_history_B] = self.objective.query(self.norm(x_RD))
-        return beside_popularity(user_BD, (~has_history_B).to(user_BD.dtype)).float()
+        return user_vectors(user_BD, rows)
 
     @torch.no_grad()
     def recall(self, batch: Batch, memories: Sequence[Memory | None]) -> tuple[Tensor, list[Memory | None]]:
@@ -343,9 +327,3 @@ def newest(rows: Jagged, keep_T: Tensor, most: int) -> Tensor:
     seen_T = keep_T.cumsum(0)
     total_B = torch.cat([seen_T.new_zeros(1), seen_T])[rows.offsets[1:]]
     return keep_T & (total_B[rows.row_of_value] - seen_T < most)
-
-
-def count(rows: Jagged, keep_T: Tensor) -> Tensor:
-    """int64 [B]: how many values of each row have the mask [T] True."""
-    seen = torch.cat([rows.offsets.new_zeros(1), keep_T.cumsum(0)])
-    return seen[rows.offsets].diff()

@@ -26,7 +26,7 @@ Differences from the authors' code:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,21 +38,25 @@ from shortlist.data.jagged import Jagged
 from shortlist.data.samplers import UniformSampler, draw_outside
 from shortlist.data.schema import Categorical, Space
 from shortlist.data.schema import Sequence as SequenceField
-from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.attention import LengthClasses
 from shortlist.layers.cloze import Cloze, Sequences, draw_segments, hide, random_prefixes, whole_sequences
 from shortlist.layers.counting import popularity_order
 from shortlist.layers.encoder_block import EncoderBlock, encoder_flops
 from shortlist.layers.factors import beside_popularity
-from shortlist.layers.fields import ItemEncoder
-from shortlist.layers.next_item import NextItemConfig, NextItemLoss, keep_values, readable_rows
+from shortlist.layers.item_sequences import (
+    SequenceConfig,
+    item_encoder,
+    readable,
+    user_vectors,
+)
+from shortlist.layers.next_item import NextItemLoss
 from shortlist.models.base import Cost, Losses, Phase, RequestShape, VectorRetriever
 from shortlist.registry import system
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class S3RecConfig(NextItemConfig):
+class S3RecConfig(SequenceConfig):
     """Settings of S3-Rec beside those of the objective of its second phase; the defaults are the paper's, but for the objective."""
 
     dim: int = 64
@@ -87,22 +91,19 @@ class S3RecConfig(NextItemConfig):
     """Item fields whose ids are attributes, categorical or sequence; empty = all such fields."""
     use_fields: bool = False
     """Add item fields to the item's vector, so that serving reads them too; False is the paper's model."""
-    id_dropout: float = 0.1
-    """Share of item ids hidden in training where fields are read, so that the fields can stand for an item without events."""
-    window_days: float | None = 14.0
-    """Users without history get the popular items of the last so many days of training; None = of all times."""
     init_std: float = 0.02
     """Standard deviation of all initial weights."""
-    table: TableChoice = field(default_factory=TableChoice)
-    """Table of the item ids; a sparse one excludes full_softmax, which touches every row."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "max_history", "num_blocks", "num_heads", "num_prefixes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"s3rec: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dropout", "attention_dropout", "id_dropout", "mask_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"s3rec: {name} must be from 0 to below 1, got {getattr(self, name)}")
+        self.check(
+            "s3rec",
+            positive=("dim", "max_history", "num_blocks", "num_heads", "num_prefixes"),
+            shares=(
+                "dropout",
+                "attention_dropout",
+                "mask_share",
+            ),
+        )
         for name in ("pretrain_epochs", "aap_weight", "mip_weight", "map_weight", "sp_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"s3rec: {name} must not be negative, got {getattr(self, name)}")
@@ -110,11 +111,8 @@ class S3RecConfig(NextItemConfig):
             raise ConfigError("s3rec: pre-training needs an objective; raise a weight or set pretrain_epochs = 0")
         if self.dim % self.num_heads:
             raise ConfigError(f"s3rec: num_heads must divide dim, got {self.num_heads} heads and dim {self.dim}")
-        if self.window_days is not None and self.window_days <= 0:
-            raise ConfigError(f"s3rec: window_days must be above 0 or absent, got {self.window_days}")
         if self.init_std <= 0:
             raise ConfigError(f"s3rec: init_std must be above 0, got {self.init_std}")
-        self.check_objective("s3rec", sparse=self.table.sparse)
 
     @property
     def reads_attributes(self) -> bool:
@@ -197,11 +195,7 @@ class S3Rec(VectorRetriever):
     def __init__(self, config: S3RecConfig, space: Space) -> None:
         super().__init__(config, space)
         self.max_history = config.max_history
-        self.items = ItemEncoder(
-            space, config.dim, id_dropout=config.id_dropout, use_fields=config.use_fields, table=config.table
-        )
-        if not self.items.num_fields:
-            self.items.id_dropout = 0.0  # a hidden id would leave nothing to learn from
+        self.items = item_encoder(space, config.dim, config)
         self.positions = nn.Embedding(config.max_history, config.dim)
         self.norm_input = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -375,13 +369,13 @@ class S3Rec(VectorRetriever):
     def encode_user(self, batch: Batch) -> Tensor:
         """float32 [B, D + 1]: the last position's vector and 0; for users without a known event zeros and 1 (popularity)."""
         history = batch.history.items
-        rows = keep_values(history, readable_rows(self.items, history)).last(self.max_history)
+        rows = readable(self.items, history, self.max_history)
         has_history_B = rows.lengths > 0
         last = rows.offsets[1:][has_history_B] - 1
         out_bD = self._encode(rows, self.items(rows.values), None, LengthClasses.of(rows), causal=True, at=last)
         user_BD = out_bD.new_zeros(rows.num_rows, self.config.dim)
         user_BD[has_history_B] = self.objective.query(out_bD)
-        return beside_popularity(user_BD, (~has_history_B).to(user_BD.dtype)).float()
+        return user_vectors(user_BD, rows)
 
     def encode_items(self, rows: Tensor) -> Tensor:
         """float32 [n, D + 1]: the item's vector and its popularity in 0..1, which only users without history read."""

@@ -16,7 +16,7 @@ Differences from the 2018 paper, each a setting or measured:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,13 +26,18 @@ from shortlist.data.batches import Batch
 from shortlist.data.histories import View
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
-from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.attention import CausalSelfAttention, LengthClasses, attention_flops
 from shortlist.layers.counting import popularity_order
 from shortlist.layers.factors import beside_popularity
-from shortlist.layers.fields import ItemEncoder
-from shortlist.layers.next_item import NextItemConfig, NextItemLoss, keep_values, last_of_rows, readable_rows
+from shortlist.layers.item_sequences import (
+    SequenceConfig,
+    item_encoder,
+    last_of_rows,
+    readable,
+    user_vectors,
+)
+from shortlist.layers.next_item import NextItemLoss
 from shortlist.layers.towers import MLP
 from shortlist.models.base import Cost, Losses, RequestShape, VectorRetriever
 from shortlist.registry import system
@@ -41,7 +46,7 @@ Block = Literal["pre-ln", "original"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SASRecConfig(NextItemConfig):
+class SASRecConfig(SequenceConfig):
     """Settings of SASRec beside those of the objective; the defaults are those of "SASRec+" in the pre-layer-norm form."""
 
     dim: int = 64
@@ -58,31 +63,22 @@ class SASRecConfig(NextItemConfig):
     """Share of attention weights dropped; None = none in the pre-ln block, `dropout` in the original one. Slow on CPU."""
     block: Block = "pre-ln"
     """pre-ln: X + MHA(LN X), then X + FFN(LN X). original: queries and residual normalised, keys and values not, no output map."""
-    use_fields: bool = True
-    """Add item fields to the item's vector; False is the paper's model."""
-    id_dropout: float = 0.1
-    """Share of item ids hidden in training where there are fields, so that the fields can stand for an item without events."""
-    window_days: float | None = 14.0
-    """Users without history get the popular items of the last so many days of training; None = of all times."""
     init_std: float = 0.02
     """Standard deviation of all initial weights; N(0, 1) tables saturate the sigmoid of the BCE losses."""
-    table: TableChoice = field(default_factory=TableChoice)
-    """Table of the item ids; a sparse one excludes full_softmax, which touches every row."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "max_history", "num_blocks", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"sasrec: {name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dropout", "attention_dropout", "id_dropout"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ConfigError(f"sasrec: {name} must be from 0 to below 1, got {getattr(self, name)}")
+        self.check(
+            "sasrec",
+            positive=("dim", "max_history", "num_blocks", "num_heads"),
+            shares=(
+                "dropout",
+                "attention_dropout",
+            ),
+        )
         if self.dim % self.num_heads:
             raise ConfigError(f"sasrec: num_heads must divide dim, got {self.num_heads} heads and dim {self.dim}")
-        if self.window_days is not None and self.window_days <= 0:
-            raise ConfigError(f"sasrec: window_days must be above 0 or absent, got {self.window_days}")
         if self.init_std <= 0:
             raise ConfigError(f"sasrec: init_std must be above 0, got {self.init_std}")
-        self.check_objective("sasrec", sparse=self.table.sparse)
 
 
 class PreNormBlock(nn.Module):
@@ -142,11 +138,7 @@ class SASRec(VectorRetriever):
     def __init__(self, config: SASRecConfig, space: Space) -> None:
         super().__init__(config, space)
         self.max_history = config.max_history
-        self.items = ItemEncoder(
-            space, config.dim, id_dropout=config.id_dropout, use_fields=config.use_fields, table=config.table
-        )
-        if not self.items.num_fields:
-            self.items.id_dropout = 0.0  # a hidden id would leave nothing to learn from
+        self.items = item_encoder(space, config.dim, config)
         self.positions = nn.Embedding(config.max_history, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         block = PreNormBlock if config.block == "pre-ln" else OriginalBlock
@@ -198,9 +190,9 @@ class SASRec(VectorRetriever):
     def encode_user(self, batch: Batch) -> Tensor:
         """float32 [B, D + 1]: the last position's vector and 0; for users without a known event zeros and 1 (popularity)."""
         history = batch.history.items
-        rows = keep_values(history, readable_rows(self.items, history)).last(self.max_history)
-        user_BD, has_history_B = last_of_rows(self.objective.query(self._query(rows, self.items(rows.values))), rows)
-        return beside_popularity(user_BD, (~has_history_B).to(user_BD.dtype)).float()
+        rows = readable(self.items, history, self.max_history)
+        query_TD = self.objective.query(self._query(rows, self.items(rows.values)))
+        return user_vectors(last_of_rows(query_TD, rows), rows)
 
     def encode_items(self, rows: Tensor) -> Tensor:
         """float32 [n, D + 1]: the item's vector and its popularity in 0..1, which only users without history read."""
