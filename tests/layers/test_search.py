@@ -126,7 +126,7 @@ def test_attention_by_hand():
 
 
 def test_newest_events_of_each_request():
-    encoder = s.PastEncoder(space_of(9), 4, ages=True).eval()
+    encoder = s.PastEncoder(space_of(9), s.LongHistoryConfig(dim=4, id_dropout=0.0)).eval()
     past = encoder.past(batch_of([[1, 2, 3], [], [4]], [[1], [1], [1]]), 50)
     newest = past.newest(2)
     assert newest.event.tolist() == [[2, 1], [0, 0], [3, 0]]

@@ -7,7 +7,7 @@ chosen per candidate, D width of a vector, H heads, d = D / H, m bits of a hash,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -21,7 +21,7 @@ from shortlist.data.schema import Sequence as SequenceField
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.fields import ItemEncoder
-from shortlist.layers.scoring import EventMarks, HeadConfig, linear_flops
+from shortlist.layers.scoring import EventMarks, HeadConfig, Recency, linear_flops
 
 WORD = 64
 ROWS_AT_ONCE = 65_536
@@ -89,33 +89,58 @@ class Chosen(NamedTuple):
         return Chosen(self.event.index_select(0, row_n), self.is_real.index_select(0, row_n))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LongHistoryConfig:
+    """Settings that rankers of long pasts share."""
+
+    dim: int = 32
+    """Width of one embedding."""
+    num_heads: int = 2
+    """Heads of the attentions; a divisor of dim."""
+    short_history: int = 20
+    """Newest events read whole, beside what is made of the long past."""
+    max_history: int = 1_000
+    """Newest events read per request."""
+    ages: bool = True
+    """Read the time from an event to the request."""
+    use_ids: bool = True
+    """Read the items' own id rows; False leaves only their fields."""
+    id_dropout: float = 0.05
+    """Share of id rows replaced by the unknown row in training, so that new items have one that is trained."""
+    pairs_at_once: int = 1_000_000
+    """Pairs of candidate and event in memory at a time; training holds all of a batch's chosen ones for its gradient."""
+    head: HeadConfig = HeadConfig()  # noqa: RUF009  (frozen)
+    """The tower."""
+    table: TableChoice = TableChoice()  # noqa: RUF009  (frozen)
+    """Which table holds the id rows."""
+
+    def check(self, system: str, at_least: Mapping[str, int] | None = None) -> None:
+        """Raises ConfigError, in the name of `system`, where a number is out of range; `at_least` bounds the system's own numbers."""
+        shared = dict.fromkeys(("dim", "num_heads", "short_history", "max_history", "pairs_at_once"), 1)
+        for name, least in {**shared, **(at_least or {})}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{system}: {name} must be at least {least}, got {getattr(self, name)}")
+        if self.dim % self.num_heads:
+            raise ConfigError(
+                f"{system}: dim must be a multiple of num_heads, got dim {self.dim} and num_heads {self.num_heads}"
+            )
+        if not 0 <= self.id_dropout < 1:
+            raise ConfigError(f"{system}: id_dropout must be from 0 to below 1, got {self.id_dropout}")
+        self.head.check(system)
+
+
 class PastEncoder(nn.Module):
     """Items and past events as vectors.
 
-    Args:
-        space: of the log.
-        dim: D.
-        ages: mark each event with the time to the request: powers of two of hours, or places from the end where the log has no clock.
-        use_ids: read the items' own id rows; False leaves only their fields.
-        id_dropout: share of id rows replaced by the unknown row in training.
-        table: of the id rows.
+    Ages are powers of two of hours, or places from the end where the log has no clock.
     """
 
-    def __init__(
-        self,
-        space: Space,
-        dim: int,
-        *,
-        ages: bool,
-        use_ids: bool = True,
-        id_dropout: float = 0.0,
-        table: TableChoice | None = None,
-    ) -> None:
+    def __init__(self, space: Space, config: LongHistoryConfig) -> None:
         super().__init__()
-        if not use_ids:
-            space = replace(space, known_items=torch.zeros_like(space.known_items))
-        self.items = ItemEncoder(space, dim, id_dropout=id_dropout, table=table)
-        self.marks = EventMarks(space, dim, ("gap" if space.has_clock else "position") if ages else "none")
+        readable = space if config.use_ids else replace(space, known_items=torch.zeros_like(space.known_items))
+        self.items = ItemEncoder(readable, config.dim, id_dropout=config.id_dropout, table=config.table)
+        recency: Recency = "none" if not config.ages else "gap" if space.has_clock else "position"
+        self.marks = EventMarks(space, config.dim, recency)
         self.kept = KeptRows(space.num_items + 1)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -467,12 +492,9 @@ def continued(history: History, memories: Sequence[Mapping[str, Tensor] | None])
 
 
 def _events(columns: Sequence[Jagged], mask_E: Tensor) -> History:
-    item, time, action = (column.values[mask_E] for column in columns)
-    num_B = torch.bincount(columns[0].row_of_value[mask_E], minlength=columns[0].num_rows)
-    nothing = torch.zeros_like(item)
-    return History(
-        items=Jagged.from_lengths(item, num_B), time=time, action=action, value=nothing.float(), group=nothing
-    )
+    items, (time, action) = columns[0].keep(mask_E), (column.values[mask_E] for column in columns[1:])
+    nothing = torch.zeros_like(items.values)
+    return History(items=items, time=time, action=action, value=nothing.float(), group=nothing)
 
 
 def window_of(history: History) -> list[dict[str, Tensor]]:
@@ -512,17 +534,3 @@ def overlap(old: Sequence[Jagged], new: Sequence[Jagged]) -> tuple[Tensor, Tenso
 
 
 # -- settings -----------------------------------------------------------------------------------------------------------------------------
-
-
-def check_settings(system: str, config: object, at_least: dict[str, int], head: HeadConfig, id_dropout: float) -> None:
-    """Raises ConfigError, in the name of `system`, where a number is out of range."""
-    for name, least in at_least.items():
-        value = getattr(config, name)
-        if value < least:
-            raise ConfigError(f"{system}: {name} must be at least {least}, got {value}")
-    dim, num_heads = getattr(config, "dim", 1), getattr(config, "num_heads", 1)
-    if dim % num_heads:
-        raise ConfigError(f"{system}: dim must be a multiple of num_heads, got dim {dim} and num_heads {num_heads}")
-    if not 0 <= id_dropout < 1:
-        raise ConfigError(f"{system}: id_dropout must be from 0 to below 1, got {id_dropout}")
-    head.check(system)

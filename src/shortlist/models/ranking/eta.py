@@ -30,16 +30,15 @@ from torch import Tensor
 from shortlist.data.batches import Batch, Candidates
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
-from shortlist.embeddings.base import TableChoice
 from shortlist.layers.scoring import CandidateHead, HeadConfig, dense_bytes
 from shortlist.layers.search import (
     Chosen,
     KeptRows,
+    LongHistoryConfig,
     Past,
     PastEncoder,
     TargetAttention,
     attend,
-    check_settings,
     crossed,
     crossed_width,
     hamming,
@@ -53,39 +52,18 @@ from shortlist.registry import system
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ETAConfig:
-    """Settings of ETA."""
+class ETAConfig(LongHistoryConfig):
+    """Settings of ETA, beside those of all rankers of long pasts."""
 
-    dim: int = 32
-    """Width of one embedding."""
     num_bits: int = 64
     """Bits of a hash; 32 are coarse for thousands of events."""
-    num_heads: int = 2
-    """Heads of both attentions; a divisor of dim."""
     num_found: int = 50
     """Events chosen per candidate."""
-    short_history: int = 20
-    """Newest events read whole, beside the search."""
-    max_history: int = 1_000
-    """Newest events searched per request."""
-    ages: bool = True
-    """Mark events with the time to the request."""
-    use_ids: bool = True
-    """Read the items' own id rows; False leaves only their fields."""
-    id_dropout: float = 0.05
-    """Share of id rows replaced by the unknown row in training, so that new items have one that is trained."""
-    pairs_at_once: int = 1_000_000
-    """(candidate, event) pairs in memory at a time; training holds all of a batch's chosen ones for its gradient."""
     hash_seed: int = 0
     """Of the planes; they are saved with the weights."""
-    head: HeadConfig = HeadConfig()  # noqa: RUF009  (frozen)
-    """The tower."""
-    table: TableChoice = TableChoice()  # noqa: RUF009  (frozen)
-    """Which table holds the id rows."""
 
     def __post_init__(self) -> None:
-        counts = ("dim", "num_bits", "num_heads", "num_found", "short_history", "max_history", "pairs_at_once")
-        check_settings("eta", self, {**dict.fromkeys(counts, 1), "hash_seed": 0}, self.head, self.id_dropout)
+        self.check("eta", {"num_bits": 1, "num_found": 1, "hash_seed": 0})
 
 
 class ETAState(NamedTuple):
@@ -118,14 +96,7 @@ class ETA(Ranker):
     def __init__(self, config: ETAConfig, space: Space) -> None:
         super().__init__(config, space)
         self.max_history = config.max_history
-        self.encoder = PastEncoder(
-            space,
-            config.dim,
-            ages=config.ages,
-            use_ids=config.use_ids,
-            id_dropout=config.id_dropout,
-            table=config.table,
-        )
+        self.encoder = PastEncoder(space, config)
         self.long = TargetAttention(config.dim, config.num_heads)
         self.short = TargetAttention(config.dim, config.num_heads)
         width = crossed_width(config.dim, self.long.out_width, self.short.out_width)

@@ -40,15 +40,14 @@ from torch.nn.functional import cosine_similarity, softplus
 from shortlist.data.batches import Batch, Candidates, History
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
-from shortlist.embeddings.base import TableChoice
 from shortlist.layers.scoring import CandidateHead, EventMarks, HeadConfig, dense_bytes
 from shortlist.layers.search import (
     Chosen,
+    LongHistoryConfig,
     Past,
     PastEncoder,
     TargetAttention,
     attend,
-    check_settings,
     continued,
     crossed,
     crossed_width,
@@ -59,41 +58,22 @@ from shortlist.registry import system
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MIMNConfig:
-    """Settings of MIMN."""
+class MIMNConfig(LongHistoryConfig):
+    """Settings of MIMN, beside those of all rankers of long pasts."""
 
-    dim: int = 32
-    """Width of one embedding and of a slot."""
     num_slots: int = 8
     """Slots of the memory, m."""
     num_induced: int = 3
     """Slots whose induction unit an event updates."""
-    num_heads: int = 2
-    """Heads of the attentions; a divisor of dim."""
-    short_history: int = 20
-    """Newest events read whole, beside the memory."""
     max_history: int = 200
     """Newest events that the memory is made from, one after another."""
     lifelong: bool = False
     """Let a memory go on when older events have left the window; it then equals none made from the window alone."""
     utilisation: float = 0.1
     """Weight of the loss that spreads writes over the slots."""
-    ages: bool = True
-    """Mark the newest events with the time to the request."""
-    use_ids: bool = True
-    """Read the items' own id rows; False leaves only their fields."""
-    id_dropout: float = 0.05
-    """Share of id rows replaced by the unknown row in training, so that new items have one that is trained."""
-    pairs_at_once: int = 1_000_000
-    """(candidate, event or slot) pairs in memory at a time; training holds all of a batch's for its gradient."""
-    head: HeadConfig = HeadConfig()  # noqa: RUF009  (frozen)
-    """The tower."""
-    table: TableChoice = TableChoice()  # noqa: RUF009  (frozen)
-    """Which table holds the id rows."""
 
     def __post_init__(self) -> None:
-        counts = ("dim", "num_slots", "num_induced", "num_heads", "short_history", "max_history", "pairs_at_once")
-        check_settings("mimn", self, {**dict.fromkeys(counts, 1), "utilisation": 0}, self.head, self.id_dropout)
+        self.check("mimn", {"num_slots": 1, "num_induced": 1, "utilisation": 0})
 
 
 class Slots(NamedTuple):
@@ -199,14 +179,7 @@ class MIMN(Ranker):
     def __init__(self, config: MIMNConfig, space: Space) -> None:
         super().__init__(config, space)
         self.max_history = config.max_history
-        self.encoder = PastEncoder(
-            space,
-            config.dim,
-            ages=config.ages,
-            use_ids=config.use_ids,
-            id_dropout=config.id_dropout,
-            table=config.table,
-        )
+        self.encoder = PastEncoder(space, config)
         self.marks = EventMarks(space, config.dim)  # without age: it changes with every request, the memory must not
         self.cell = MemoryCell(config.dim, config.num_slots, config.num_induced)
         self.memory = TargetAttention(config.dim, config.num_heads)

@@ -38,17 +38,16 @@ from torch.nn.functional import embedding_bag
 from shortlist.data.batches import Batch, Candidates, History
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
-from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.losses import unit
 from shortlist.layers.scoring import CandidateHead, EventMarks, HeadConfig, dense_bytes
 from shortlist.layers.search import (
     KeptRows,
+    LongHistoryConfig,
     Past,
     PastEncoder,
     TargetAttention,
     attend,
-    check_settings,
     continued,
     crossed,
     crossed_width,
@@ -61,39 +60,18 @@ from shortlist.registry import system
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SDIMConfig:
-    """Settings of SDIM."""
+class SDIMConfig(LongHistoryConfig):
+    """Settings of SDIM, beside those of all rankers of long pasts."""
 
-    dim: int = 32
-    """Width of one embedding."""
     num_bits: int = 48
     """Signs of a hash, m; a multiple of signature_bits."""
     signature_bits: int = 3
     """Signs that must agree together, tau: more is a sharper attention."""
-    num_heads: int = 2
-    """Heads of the attention to the newest events; a divisor of dim."""
-    short_history: int = 20
-    """Newest events read whole, beside the table."""
-    max_history: int = 1_000
-    """Newest events in the table."""
-    ages: bool = True
-    """Mark the newest events with the time to the request."""
-    use_ids: bool = True
-    """Read the items' own id rows; False leaves only their fields."""
-    id_dropout: float = 0.05
-    """Share of id rows replaced by the unknown row in training, so that new items have one that is trained."""
-    pairs_at_once: int = 1_000_000
-    """(candidate, event) pairs in memory at a time; training holds all of a batch's for its gradient."""
     hash_seed: int = 0
     """Of the planes; they are saved with the weights."""
-    head: HeadConfig = HeadConfig()  # noqa: RUF009  (frozen)
-    """The tower."""
-    table: TableChoice = TableChoice()  # noqa: RUF009  (frozen)
-    """Which table holds the id rows."""
 
     def __post_init__(self) -> None:
-        counts = ("dim", "num_bits", "signature_bits", "num_heads", "short_history", "max_history", "pairs_at_once")
-        check_settings("sdim", self, {**dict.fromkeys(counts, 1), "hash_seed": 0}, self.head, self.id_dropout)
+        self.check("sdim", {"num_bits": 1, "signature_bits": 1, "hash_seed": 0})
         if self.num_bits % self.signature_bits or self.signature_bits > 16:
             raise ConfigError(
                 "sdim: num_bits must be a multiple of signature_bits, which is at most 16, "
@@ -163,14 +141,7 @@ class SDIM(Ranker):
         super().__init__(config, space)
         self.max_history = config.max_history
         self.num_values = 2**config.signature_bits
-        self.encoder = PastEncoder(
-            space,
-            config.dim,
-            ages=config.ages,
-            use_ids=config.use_ids,
-            id_dropout=config.id_dropout,
-            table=config.table,
-        )
+        self.encoder = PastEncoder(space, config)
         self.marks = EventMarks(space, config.dim)
         self.short = TargetAttention(config.dim, config.num_heads)
         width = crossed_width(config.dim, config.dim, self.short.out_width)

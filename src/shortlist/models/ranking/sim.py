@@ -37,18 +37,17 @@ from torch import Tensor, nn
 from shortlist.data.batches import Batch, Candidates
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
-from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.scoring import CandidateHead, HeadConfig, dense_bytes, linear_flops, task_losses
 from shortlist.layers.search import (
     BehaviourIndex,
     Chosen,
     KeptRows,
+    LongHistoryConfig,
     Past,
     PastEncoder,
     TargetAttention,
     attend,
-    check_settings,
     crossed,
     crossed_width,
     item_attribute,
@@ -60,44 +59,23 @@ from shortlist.registry import system
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SIMConfig:
-    """Settings of SIM."""
+class SIMConfig(LongHistoryConfig):
+    """Settings of SIM, beside those of all rankers of long pasts."""
 
     search: Literal["hard", "soft"] = "hard"
     """By an attribute that event and candidate share, or by inner product of learned vectors."""
     attribute: str = "auto"
     """What the hard search compares: a categorical field of items, a sequence field (its first entry), "item" for the item itself, "auto"
     for the first categorical field, else the first sequence field, else the item."""
-    dim: int = 32
-    """Width of one embedding."""
     search_dim: int = 16
     """Width of a key of the soft search."""
-    num_heads: int = 2
-    """Heads of the attention; a divisor of dim."""
     num_found: int = 50
     """Events chosen per candidate."""
-    short_history: int = 20
-    """Newest events read whole, beside the search."""
-    max_history: int = 1_000
-    """Newest events searched per request."""
-    ages: bool = True
-    """Mark events with the time to the request."""
     search_loss: float = 1.0
     """Weight of the soft search's own loss, without which it does not learn."""
-    use_ids: bool = True
-    """Read the items' own id rows; False leaves only their fields."""
-    id_dropout: float = 0.05
-    """Share of id rows replaced by the unknown row in training, so that new items have one that is trained."""
-    pairs_at_once: int = 1_000_000
-    """(candidate, event) pairs in memory at a time; training holds all of a batch's chosen ones for its gradient."""
-    head: HeadConfig = HeadConfig()  # noqa: RUF009  (frozen)
-    """The tower."""
-    table: TableChoice = TableChoice()  # noqa: RUF009  (frozen)
-    """Which table holds the id rows."""
 
     def __post_init__(self) -> None:
-        counts = ("dim", "search_dim", "num_heads", "num_found", "short_history", "max_history", "pairs_at_once")
-        check_settings("sim", self, {**dict.fromkeys(counts, 1), "search_loss": 0}, self.head, self.id_dropout)
+        self.check("sim", {"search_dim": 1, "num_found": 1, "search_loss": 0})
         if self.search not in ("hard", "soft"):
             raise ConfigError(f"sim: search must be hard or soft, got {self.search!r}")
 
@@ -178,14 +156,7 @@ class SIM(Ranker):
     def __init__(self, config: SIMConfig, space: Space) -> None:
         super().__init__(config, space)
         self.max_history = config.max_history
-        self.encoder = PastEncoder(
-            space,
-            config.dim,
-            ages=config.ages,
-            use_ids=config.use_ids,
-            id_dropout=config.id_dropout,
-            table=config.table,
-        )
+        self.encoder = PastEncoder(space, config)
         self.long = TargetAttention(config.dim, config.num_heads, value_map=False)
         self.short = TargetAttention(config.dim, config.num_heads, value_map=False)
         width = crossed_width(config.dim, self.long.out_width, self.short.out_width)

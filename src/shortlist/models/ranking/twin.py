@@ -32,16 +32,15 @@ from torch import Tensor, nn
 from shortlist.data.batches import Batch, Candidates
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
-from shortlist.embeddings.base import TableChoice
 from shortlist.layers.scoring import NUM_RECENCY_BUCKETS, CandidateHead, EventMarks, HeadConfig, dense_bytes
 from shortlist.layers.search import (
     Chosen,
     KeptRows,
+    LongHistoryConfig,
     Past,
     PastEncoder,
     TargetAttention,
     attend,
-    check_settings,
     crossed,
     crossed_width,
     gathered,
@@ -54,37 +53,16 @@ from shortlist.registry import system
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TWINConfig:
-    """Settings of TWIN."""
+class TWINConfig(LongHistoryConfig):
+    """Settings of TWIN, beside those of all rankers of long pasts."""
 
-    dim: int = 32
-    """Width of one embedding."""
-    num_heads: int = 2
-    """Heads of both stages; a divisor of dim."""
     cross_dim: int = 8
     """Width of a cross feature's vector."""
     num_found: int = 50
     """Events that the first stage hands to the second."""
-    short_history: int = 20
-    """Newest events read whole, beside the search."""
-    max_history: int = 1_000
-    """Newest events searched per request."""
-    ages: bool = True
-    """Read the time from event to request."""
-    use_ids: bool = True
-    """Read the items' own id rows; False leaves only their fields."""
-    id_dropout: float = 0.05
-    """Share of id rows replaced by the unknown row in training, so that new items have one that is trained."""
-    pairs_at_once: int = 1_000_000
-    """(candidate, event, head) triples in memory at a time; training holds all of a batch's chosen ones for its gradient."""
-    head: HeadConfig = HeadConfig()  # noqa: RUF009  (frozen)
-    """The tower."""
-    table: TableChoice = TableChoice()  # noqa: RUF009  (frozen)
-    """Which table holds the id rows."""
 
     def __post_init__(self) -> None:
-        counts = ("dim", "num_heads", "cross_dim", "num_found", "short_history", "max_history", "pairs_at_once")
-        check_settings("twin", self, dict.fromkeys(counts, 1), self.head, self.id_dropout)
+        self.check("twin", {"cross_dim": 1, "num_found": 1})
 
 
 class Relevance(nn.Module):
@@ -154,14 +132,7 @@ class TWIN(Ranker):
     def __init__(self, config: TWINConfig, space: Space) -> None:
         super().__init__(config, space)
         self.max_history = config.max_history
-        self.encoder = PastEncoder(
-            space,
-            config.dim,
-            ages=config.ages,
-            use_ids=config.use_ids,
-            id_dropout=config.id_dropout,
-            table=config.table,
-        )
+        self.encoder = PastEncoder(space, config)
         self.relevance = Relevance(space, config.dim, config.num_heads, config.cross_dim, ages=config.ages)
         self.value = nn.Linear(config.num_heads * config.dim, config.dim, bias=False)
         self.short = TargetAttention(config.dim, config.num_heads)
