@@ -11,6 +11,7 @@ B sequences, T keys, S queries, H heads, d width of a query and key, e width of 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,6 +37,20 @@ def _bucket(
     guess -= (magnitude < tl.load(thresholds + guess)).to(tl.int32)
     guess += (magnitude >= tl.load(thresholds + guess + 1)).to(tl.int32)
     return tl.minimum(guess, num_buckets - 1)
+
+
+@triton.jit
+def _tile(values: Any, row: Any, real: Any, head: Any, H: tl.constexpr, d: tl.constexpr, width: Any) -> Any:
+    """One head's vectors [rows, width] of values [*, H, d]; 0 where a row is not real or the width goes beyond d."""
+    mask = real[:, None] & (width[None, :] < d)
+    return tl.load(values + (row[:, None] * H + head) * d + width[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _put(values: Any, row: Any, real: Any, head: Any, H: tl.constexpr, d: tl.constexpr, width: Any, tile: Any) -> Any:
+    """Write one head's vectors, as `_tile` reads them."""
+    mask = real[:, None] & (width[None, :] < d)
+    tl.store(values + (row[:, None] * H + head) * d + width[None, :], tile, mask=mask)
 
 
 @triton.jit
@@ -84,11 +99,7 @@ def _forward(
     real_M = index_M < num_queries
     own_M = num_keys - num_queries + index_M
     width_D, width_E = tl.arange(0, D), tl.arange(0, E)
-    q_Md = tl.load(
-        q + ((query_start + index_M)[:, None] * H + head) * d + width_D[None, :],
-        mask=real_M[:, None] & (width_D[None, :] < d),
-        other=0.0,
-    )
+    q_Md = _tile(q, query_start + index_M, real_M, head, H, d, width_D)
     position_M = tl.load(position + key_start + own_M, mask=real_M, other=0)
     query_time_M = tl.load(query_time + query_start + index_M, mask=real_M, other=0)
     out_ME = tl.zeros((M, E), dtype=tl.float32)
@@ -103,27 +114,15 @@ def _forward(
         # Keys of the history are all in the tiles before; the last of those must not take candidates too.
         stop = tl.where(tile < num_before, tl.minimum(num_history, num_keys), num_keys)
         real_N = place_N < stop
-        k_Nd = tl.load(
-            k + ((key_start + place_N)[:, None] * H + head) * d + width_D[None, :],
-            mask=real_N[:, None] & (width_D[None, :] < d),
-            other=0.0,
-        )
-        v_NE = tl.load(
-            v + ((key_start + place_N)[:, None] * H + head) * e + width_E[None, :],
-            mask=real_N[:, None] & (width_E[None, :] < e),
-            other=0.0,
-        )
+        k_Nd = _tile(k, key_start + place_N, real_N, head, H, d, width_D)
+        v_NE = _tile(v, key_start + place_N, real_N, head, H, e, width_E)
         score_MN, sees_MN, _, _ = _scores(
             q_Md, k_Nd, own_M, place_N, stop, num_history, real_M, position_M, query_time_M, position, key_time,
             key_start, w_position, w_time, thresholds, alpha, reach, num_buckets, HAS_POSITION, HAS_TIME,
         )  # fmt: skip
         weight_MN = tl.where(sees_MN, score_MN * tl.sigmoid(score_MN), 0.0)
         out_ME += tl.dot(weight_MN.to(v_NE.dtype), v_NE, input_precision="ieee")
-    tl.store(
-        out + ((query_start + index_M)[:, None] * H + head) * e + width_E[None, :],
-        out_ME * inverse,
-        mask=real_M[:, None] & (width_E[None, :] < e),
-    )
+    _put(out, query_start + index_M, real_M, head, H, e, width_E, out_ME * inverse)
 
 
 @triton.jit
@@ -158,16 +157,8 @@ def _backward_queries(
     real_M = index_M < num_queries
     own_M = num_keys - num_queries + index_M
     width_D, width_E = tl.arange(0, D), tl.arange(0, E)
-    q_Md = tl.load(
-        q + ((query_start + index_M)[:, None] * H + head) * d + width_D[None, :],
-        mask=real_M[:, None] & (width_D[None, :] < d),
-        other=0.0,
-    )
-    back_Me = tl.load(
-        back + ((query_start + index_M)[:, None] * H + head) * e + width_E[None, :],
-        mask=real_M[:, None] & (width_E[None, :] < e),
-        other=0.0,
-    )
+    q_Md = _tile(q, query_start + index_M, real_M, head, H, d, width_D)
+    back_Me = _tile(back, query_start + index_M, real_M, head, H, e, width_E)
     position_M = tl.load(position + key_start + own_M, mask=real_M, other=0)
     query_time_M = tl.load(query_time + query_start + index_M, mask=real_M, other=0)
     grad_MD = tl.zeros((M, D), dtype=tl.float32)
@@ -180,16 +171,8 @@ def _backward_queries(
         place_N = start + tl.arange(0, N)
         stop = tl.where(tile < num_before, tl.minimum(num_history, num_keys), num_keys)
         real_N = place_N < stop
-        k_Nd = tl.load(
-            k + ((key_start + place_N)[:, None] * H + head) * d + width_D[None, :],
-            mask=real_N[:, None] & (width_D[None, :] < d),
-            other=0.0,
-        )
-        v_NE = tl.load(
-            v + ((key_start + place_N)[:, None] * H + head) * e + width_E[None, :],
-            mask=real_N[:, None] & (width_E[None, :] < e),
-            other=0.0,
-        )
+        k_Nd = _tile(k, key_start + place_N, real_N, head, H, d, width_D)
+        v_NE = _tile(v, key_start + place_N, real_N, head, H, e, width_E)
         score_MN, sees_MN, apart_MN, bucket_MN = _scores(
             q_Md, k_Nd, own_M, place_N, stop, num_history, real_M, position_M, query_time_M, position, key_time,
             key_start, w_position, w_time, thresholds, alpha, reach, num_buckets, HAS_POSITION, HAS_TIME,
@@ -200,11 +183,7 @@ def _backward_queries(
             tl.atomic_add(grad_position + copy * (2 * reach + 1) + apart_MN, slope_MN, mask=sees_MN)
         if HAS_TIME:
             tl.atomic_add(grad_time + copy * num_buckets + bucket_MN, slope_MN, mask=sees_MN)
-    tl.store(
-        grad_q + ((query_start + index_M)[:, None] * H + head) * d + width_D[None, :],
-        grad_MD,
-        mask=real_M[:, None] & (width_D[None, :] < d),
-    )
+    _put(grad_q, query_start + index_M, real_M, head, H, d, width_D, grad_MD)
 
 
 @triton.jit
@@ -227,16 +206,8 @@ def _backward_keys(
     place_N = start + tl.arange(0, N)
     real_N = place_N < num_keys
     width_D, width_E = tl.arange(0, D), tl.arange(0, E)
-    k_Nd = tl.load(
-        k + ((key_start + place_N)[:, None] * H + head) * d + width_D[None, :],
-        mask=real_N[:, None] & (width_D[None, :] < d),
-        other=0.0,
-    )
-    v_NE = tl.load(
-        v + ((key_start + place_N)[:, None] * H + head) * e + width_E[None, :],
-        mask=real_N[:, None] & (width_E[None, :] < e),
-        other=0.0,
-    )
+    k_Nd = _tile(k, key_start + place_N, real_N, head, H, d, width_D)
+    v_NE = _tile(v, key_start + place_N, real_N, head, H, e, width_E)
     grad_k_ND = tl.zeros((N, D), dtype=tl.float32)
     grad_v_NE = tl.zeros((N, E), dtype=tl.float32)
     # Queries that stand at or after the tile's first key; where the tile holds candidates alone, only its own.
@@ -248,16 +219,8 @@ def _backward_keys(
         index_M = tile * M + tl.arange(0, M)
         real_M = index_M < num_queries
         own_M = num_keys - num_queries + index_M
-        q_Md = tl.load(
-            q + ((query_start + index_M)[:, None] * H + head) * d + width_D[None, :],
-            mask=real_M[:, None] & (width_D[None, :] < d),
-            other=0.0,
-        )
-        back_Me = tl.load(
-            back + ((query_start + index_M)[:, None] * H + head) * e + width_E[None, :],
-            mask=real_M[:, None] & (width_E[None, :] < e),
-            other=0.0,
-        )
+        q_Md = _tile(q, query_start + index_M, real_M, head, H, d, width_D)
+        back_Me = _tile(back, query_start + index_M, real_M, head, H, e, width_E)
         position_M = tl.load(position + key_start + own_M, mask=real_M, other=0)
         query_time_M = tl.load(query_time + query_start + index_M, mask=real_M, other=0)
         score_MN, sees_MN, _, _ = _scores(
@@ -268,16 +231,8 @@ def _backward_keys(
         grad_v_NE += tl.dot(tl.trans(weight_MN).to(back_Me.dtype), back_Me, input_precision="ieee") * inverse
         slope_MN = _slope(score_MN, sees_MN, back_Me, v_NE, inverse)
         grad_k_ND += tl.dot(tl.trans(slope_MN).to(q_Md.dtype), q_Md, input_precision="ieee") * alpha
-    tl.store(
-        grad_k + ((key_start + place_N)[:, None] * H + head) * d + width_D[None, :],
-        grad_k_ND,
-        mask=real_N[:, None] & (width_D[None, :] < d),
-    )
-    tl.store(
-        grad_v + ((key_start + place_N)[:, None] * H + head) * e + width_E[None, :],
-        grad_v_NE,
-        mask=real_N[:, None] & (width_E[None, :] < e),
-    )
+    _put(grad_k, key_start + place_N, real_N, head, H, d, width_D, grad_k_ND)
+    _put(grad_v, key_start + place_N, real_N, head, H, e, width_E, grad_v_NE)
 
 
 def thresholds(num_buckets: int) -> list[int]:
@@ -291,6 +246,12 @@ def thresholds(num_buckets: int) -> list[int]:
                 break
         starts.append(0 if bucket == 0 else seconds)
     return [*starts, (1 << 63) - 1]
+
+
+@lru_cache(maxsize=16)
+def _starts(num_buckets: int, device: torch.device) -> Tensor:
+    """`thresholds` as int64 [num_buckets + 1], made once per device: every layer of every step reads them."""
+    return torch.tensor(thresholds(num_buckets), dtype=torch.int64, device=device)
 
 
 class _Attention(torch.autograd.Function):
@@ -359,7 +320,7 @@ def _arguments(
     """What all three kernels take after their own tensors."""
     num_heads, d, e = q_SHd.shape[1], q_SHd.shape[2], v_THe.shape[2]
     num_buckets = 1 if time is None else len(time)
-    starts = torch.tensor(thresholds(num_buckets), dtype=torch.int64, device=q_SHd.device)
+    starts = _starts(num_buckets, q_SHd.device)
     shared = [
         sequences.offsets,
         sequences.query_offsets,
