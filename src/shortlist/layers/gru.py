@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from shortlist.data.jagged import Jagged
 from shortlist.layers.time_major import TimeMajor
@@ -31,10 +30,8 @@ def run_gru(gru: nn.GRU, input_TD: Tensor, rows: Jagged, start_NBD: Tensor | Non
     if not len(input_TD):
         return input_TD.new_zeros(0, gru.hidden_size), start_NBD
     layout = TimeMajor.of(rows)
-    packed = PackedSequence(input_TD.index_select(0, layout.order), torch.tensor(layout.sizes))
-    filled_b = layout.row_order[: layout.sizes[0]]
-    out, last_NbD = gru(packed, start_NBD[:, filled_b].to(input_TD.dtype).contiguous())
-    last_NBD = start_NBD.to(last_NbD.dtype).index_copy(1, filled_b, last_NbD)
+    out, last_NbD = gru(layout.packed(input_TD), start_NBD[:, layout.filled].to(input_TD.dtype).contiguous())
+    last_NBD = start_NBD.to(last_NbD.dtype).index_copy(1, layout.filled, last_NbD)
     return out.data.index_select(0, layout.place), last_NBD
 
 

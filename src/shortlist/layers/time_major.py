@@ -47,6 +47,15 @@ class TimeMajor:
         order[place] = torch.arange(len(place), device=place.device)
         return cls(tuple(sizes.tolist()), order, place, row_order, row_place)
 
+    @property
+    def filled(self) -> Tensor:
+        """int64 [n_0]: the sequences that are not empty, longest first."""
+        return self.row_order[: self.sizes[0] if self.sizes else 0]
+
+    def packed(self, values: Tensor) -> PackedSequence:
+        """Values [total, D] as PyTorch's recurrent nets take them."""
+        return PackedSequence(values.index_select(0, self.order), torch.tensor(self.sizes))
+
 
 def run_recurrent(net: nn.GRU | nn.LSTM, inputs: Jagged, start_BH: Tensor | None = None) -> Tensor:
     """States of a one-layer net after every position: float [total, H], or [total, 2 H] where it reads both ways.
@@ -60,8 +69,6 @@ def run_recurrent(net: nn.GRU | nn.LSTM, inputs: Jagged, start_BH: Tensor | None
     if not len(inputs.values):
         return inputs.values.new_zeros(0, width)
     layout = TimeMajor.of(inputs)
-    num_filled = layout.sizes[0]
-    packed = PackedSequence(inputs.values.index_select(0, layout.order), torch.tensor(layout.sizes))
-    start = None if start_BH is None else start_BH[layout.row_order[:num_filled]][None]
-    states, _ = net(packed, start)
+    start = None if start_BH is None else start_BH[layout.filled][None]
+    states, _ = net(layout.packed(inputs.values), start)
     return states.data.index_select(0, layout.place)
