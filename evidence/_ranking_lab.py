@@ -28,7 +28,7 @@ from shortlist.data.samplers import PopularitySampler, UniformSampler, draw_outs
 from shortlist.data.schema import FieldTable, Space
 from shortlist.data.schema import Sequence as SequenceField
 from shortlist.metrics import Interval, auc, auc_per_user, bootstrap_ratio, gauc
-from shortlist.models.base import Losses, Ranker, System
+from shortlist.models.base import Losses, Ranker, RequestShape, System
 from shortlist.models.ranking.dien import draw_negatives, next_positions
 from shortlist.registry import find
 from shortlist.training.config import TrainerConfig
@@ -358,6 +358,20 @@ def scores(system: Ranker, world: World, examples: Examples) -> Tensor:
 def measured(system: Ranker, world: World, examples: Examples) -> dict[str, Interval]:
     """AUC over all rows, and GAUC with its interval over users."""
     return judged(scores(system, world, examples), examples)
+
+
+def outcome(
+    system: Ranker, report: TrainReport, world: World, num_history: int | None = None
+) -> dict[str, float | Interval]:
+    """`measured` on the test rows, the best epoch, and with `num_history` the FLOPs of one candidate at so many past events."""
+    found: dict[str, float | Interval] = {
+        **measured(system, world, world.test),
+        "cost:best_epoch": float(report.best_epoch or 0),
+    }
+    if num_history is not None:
+        shape = RequestShape(num_history=num_history, num_candidates=100)
+        found["cost:flops_per_candidate"] = system.cost(shape).item_flops
+    return found
 
 
 def judged(score: Tensor, examples: Examples) -> dict[str, Interval]:

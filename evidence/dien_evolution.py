@@ -16,7 +16,7 @@ from _ranking_lab import (
     World,
     changed_minds,
     judged,
-    measured,
+    outcome,
     popularity,
     purchases,
     trained,
@@ -25,7 +25,6 @@ from _ranking_lab import (
 from shortlist.evaluation.evidence import Arm, Claim, Judgement, Lab, Verdict
 from shortlist.layers.scoring import HeadConfig
 from shortlist.metrics import Interval
-from shortlist.models.base import RequestShape
 
 BEAUTY, DRIFT = "s3rec-beauty", "changed minds"
 HEAD = HeadConfig(loss="bce")
@@ -111,12 +110,7 @@ def measured_arm(lab: Lab, data: str, world: World, name: str, seed: int) -> dic
     entry, settings = ARMS[name]
     change = with_auxiliary if name in (HELPED_DIN, HELPED_POOLING) else None
     system, report = trained(entry, settings, world, QUICK if lab.quick else FULL[data], seed, change=change)
-    shape = RequestShape(num_history=50, num_candidates=100)
-    return {
-        **measured(system, world, world.test),
-        "cost:best_epoch": float(report.best_epoch or 0),
-        "cost:flops_per_candidate": system.cost(shape).item_flops,
-    }
+    return outcome(system, report, world, num_history=50)
 
 
 def judge(arms: Mapping[str, Arm]) -> Judgement:

@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
-from _ranking_lab import Training, World, measured, purchases, trained
+from _ranking_lab import Training, World, outcome, purchases, trained
 from shortlist.evaluation.evidence import Arm, Claim, Judgement, Lab, hold_if
 from shortlist.metrics import Interval
 
@@ -47,7 +47,7 @@ def measured_arm(lab: Lab, world: World, name: str, seed: int) -> dict[str, floa
     """DIN with one activation."""
     settings = {"loss": "bce", "mba": 0.0, "cross": False, "activation": name}
     system, report = trained("din", settings, world, QUICK if lab.quick else FULL, seed)
-    return {**measured(system, world, world.test), "cost:best_epoch": float(report.best_epoch or 0)}
+    return outcome(system, report, world)
 
 
 def judge(arms: Mapping[str, Arm]) -> Judgement:

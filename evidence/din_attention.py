@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from _ranking_lab import Training, World, films, judged, like_rate, measured, popularity, purchases, trained
+from _ranking_lab import Training, World, films, judged, like_rate, outcome, popularity, purchases, trained
 from shortlist.evaluation.evidence import Arm, Claim, Judgement, Lab, hold_if
 from shortlist.metrics import Interval
-from shortlist.models.base import RequestShape
 
 POOLING, SOFTMAX, SUM = "mean pooling", "DIN, softmax", "DIN, no normalisation"
 POOLING_X, SOFTMAX_X = "mean pooling, product", "DIN, softmax, product"
@@ -85,12 +84,7 @@ def measured_arm(lab: Lab, data: str, world: World, name: str, seed: int) -> dic
     """One arm, trained and tested."""
     entry, settings = ARMS[name]
     system, report = trained(entry, settings, world, QUICK if lab.quick else FULL[data], seed)
-    shape = RequestShape(num_history=50, num_candidates=100)
-    return {
-        **measured(system, world, world.test),
-        "cost:best_epoch": float(report.best_epoch or 0),
-        "cost:flops_per_candidate": system.cost(shape).item_flops,
-    }
+    return outcome(system, report, world, num_history=50)
 
 
 def judge(arms: Mapping[str, Arm]) -> Judgement:

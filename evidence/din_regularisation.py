@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from _ranking_lab import Training, World, measured, purchases, scores, trained
+from _ranking_lab import Training, World, outcome, purchases, scores, trained
 from shortlist.embeddings.base import TableChoice
 from shortlist.evaluation.evidence import Arm, Claim, Judgement, Lab, Verdict
 from shortlist.metrics import Interval, auc
@@ -76,10 +76,9 @@ def measured_arm(lab: Lab, world: World, name: str, seed: int) -> dict[str, floa
     training = QUICK if lab.quick else FULL
     system, report = trained("din", settings, world, training, seed, use_fields=False, after_epoch=look)
     return {
-        **measured(system, world, world.test),
+        **outcome(system, report, world),
         "peak": max(curve),
         **{f"epoch_{i}": value for i, value in enumerate(curve, 1)},
-        "cost:best_epoch": float(report.best_epoch or 0),
     }
 
 
