@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from sasrec_step import kept_bytes
 from shortlist.data.batches import Batch, next_event_batch
 from shortlist.data.histories import Histories
 from shortlist.data.jagged import Jagged
@@ -126,19 +126,6 @@ def bursts(seed: int) -> tuple[Histories, FieldTable, Space]:
     known = torch.arange(NUM_ITEMS + 1) > 0
     space = Space(items=FieldTable(NUM_ITEMS + 1), known_items=known, num_users=NUM_USERS)
     return histories, FieldTable(NUM_USERS + 1), space
-
-
-def kept_bytes(loss: Callable[[], Tensor]) -> int:
-    """Bytes of distinct tensors that a forward pass keeps for the backward pass."""
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss()
-    return sum(seen.values())
 
 
 def attention_table(rounds: int, batch_size: int, max_history: int, dim: int) -> list[dict[str, object]]:

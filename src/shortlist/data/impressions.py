@@ -80,17 +80,8 @@ def logged_impressions(
         context: encoded columns [N].
     """
     groups = Groups.of(shown.histories)
-    lengths = groups.end - groups.start
-    impression = _impression_of_row(log, shown)
-    num_impressions = int(impression.max()) + 1
-    first = np.full(num_impressions, len(impression), dtype=np.int64)
-    last = np.zeros(num_impressions, dtype=np.int64)
-    np.minimum.at(first, impression, np.repeat(groups.start, lengths))
-    np.maximum.at(last, impression, np.repeat(groups.end, lengths))
-    order = np.lexsort((np.arange(num_impressions), first))
-    number = np.empty(num_impressions, dtype=np.int64)
-    number[order] = np.arange(num_impressions)
-    first, last, impression = first[order], last[order], number[impression]
+    impression, first, last = _by_first_row(_impression_of_row(log, shown), groups)
+    num_impressions = len(first)
 
     num_choices = np.concatenate([[0], np.cumsum(is_choice)])
     user = shown.histories.user_of_event[first]
@@ -132,6 +123,19 @@ def logged_impressions(
     return Impressions(
         requests=requests, window=window, rows=Jagged(torch.from_numpy(item[opens]), offsets), labels=labels
     )
+
+
+def _by_first_row(impression: Int, groups: Groups) -> tuple[Int, Int, Int]:
+    """Impressions numbered by their first row: that of each row [N], and where the groups of its rows begin and end, [impressions]."""
+    num_impressions, lengths = int(impression.max()) + 1, groups.end - groups.start
+    first = np.full(num_impressions, len(impression), dtype=np.int64)
+    last = np.zeros(num_impressions, dtype=np.int64)
+    np.minimum.at(first, impression, np.repeat(groups.start, lengths))
+    np.maximum.at(last, impression, np.repeat(groups.end, lengths))
+    order = np.lexsort((np.arange(num_impressions), first))
+    number = np.empty(num_impressions, dtype=np.int64)
+    number[order] = np.arange(num_impressions)
+    return number[impression], first[order], last[order]
 
 
 def _impression_of_row(log: Log, shown: EncodedEvents) -> Int:

@@ -172,6 +172,7 @@ class _Charged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, charge: Tensor) -> Tensor:
+        """float [*]: x."""
         ctx.save_for_backward(charge)
         return x.view_as(x)
 

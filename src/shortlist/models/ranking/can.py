@@ -235,7 +235,7 @@ class CAN(Ranker):
         ]
 
     def user_state(self, batch: Batch) -> CANState:
-        """See CANState."""
+        """See CANState: the tower's share of the request (B, W), its units' weights and its ids."""
         made, masks = self.co_action.request(batch) if self.co_action is not None else ((), ())
         crossed: tuple[RequestIds, ...] = ()
         if self.cross_ids is not None:
