@@ -1,0 +1,1 @@
+"""Which chain each request is answered by: contract, solver, reward models, allocators, controllers."""
