@@ -98,7 +98,7 @@ class ChainSet:
 
     def within_J(self, most_C: Float) -> NDArray[np.bool_]:
         """bool [J]: chains that cost no more than `most_C` of any resource; the cheapest one always may."""
-        fits_J: NDArray[np.bool_] = (self.costs_JC <= most_C).all(1)
+        fits_J = np.asarray((self.costs_JC <= most_C).all(1))
         if not fits_J.any():
             fits_J[0] = True
         return fits_J
@@ -184,7 +184,7 @@ class Allocator(ABC):
         self.prices_C: Float = np.zeros(len(RESOURCES))
         self.budget = Budget()
 
-    def fit(self, outcomes: Outcomes) -> None:
+    def fit(self, outcomes: Outcomes) -> None:  # noqa: B027 -- not every one learns
         """Learn what chains are worth; allocators that look at no request have nothing to learn."""
 
     @abstractmethod
@@ -211,7 +211,7 @@ class Allocator(ABC):
             rng: for allocators that draw; None = a new unseeded one.
         """
 
-    def observe(self, spent: Spent) -> None:
+    def observe(self, spent: Spent) -> None:  # noqa: B027 -- not every one learns
         """Learn of a window near-line; the default learns nothing."""
 
     def state(self) -> Mapping[str, Float]:
