@@ -313,6 +313,7 @@ class Engine:
             live.users([user]),
             self._stored(live, [user]),
             has_clock=live.dataset.space.has_clock,
+            newest=max(count, 1),
         )
         newest = slice(None, -count - 1, -1)
         rows, actions = past.item[newest], past.action[newest].tolist()
