@@ -12,8 +12,7 @@ SIGNIFICANT = 0.05
 
 def comparison_text(comparison: Comparison, metrics: Sequence[str] | None = None) -> str:
     """One line per report, means with 95 % intervals; a star where the reference differs beyond chance (Holm, p < 0.05)."""
-    reports = comparison.reports
-    names = list(metrics or [m for m in reports[0].metrics if m in reports[0].per_request])
+    reports, names = comparison.reports, _shown(comparison, metrics)
     header = ["", *names]
     rows = []
     for report in reports:
@@ -35,11 +34,18 @@ def comparison_text(comparison: Comparison, metrics: Sequence[str] | None = None
     return "\n".join(lines)
 
 
-def comparison_markdown(comparison: Comparison, metrics: Sequence[str]) -> str:
-    """The same as a Markdown table."""
-    lines = ["| | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
-    lines += [f"| {r.name} | " + " | ".join(cell(r.metrics[m]) for m in metrics) + " |" for r in comparison.reports]
+def comparison_markdown(comparison: Comparison, metrics: Sequence[str] | None = None) -> str:
+    """The same as a Markdown table, without stars and notes."""
+    names = _shown(comparison, metrics)
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {r.name} | " + " | ".join(cell(r.metrics[m]) for m in names) + " |" for r in comparison.reports]
     return "\n".join(lines)
+
+
+def _shown(comparison: Comparison, metrics: Sequence[str] | None) -> list[str]:
+    """The metrics asked for; by default those that are known per request."""
+    first = comparison.reports[0]
+    return list(metrics or [m for m in first.metrics if m in first.per_request])
 
 
 def losses_text(losses: Mapping[str, float]) -> str:
