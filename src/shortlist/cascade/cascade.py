@@ -14,7 +14,7 @@ stands, and the report says so. B requests, k items of a page, total = all candi
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -153,6 +153,10 @@ class _Funnel:
             for name, value, place in zip(raw, value_ST, place_ST):
                 self.pair |= {f"score_{name}": value, f"rank_{name}": place}
 
+    def fork(self) -> _Funnel:
+        """The same, to go another way from here; tensors are shared, since stages make new ones."""
+        return replace(self, pair=dict(self.pair), raw=dict(self.raw))
+
     def candidates(self, space: Space) -> Batch:
         """The batch with its candidates and the pair fields that a system reads; those that no stage made are 0."""
         zeros = torch.zeros_like(self.scores)
@@ -224,12 +228,9 @@ class Cascade:
         """
         started = time.perf_counter()
         deadline = None if deadline_ms is None else started + deadline_ms / 1e3
-        chosen = self._chain(chain)
-        k = self.config.surface.k if k is None else k
-        if k < 1:
-            raise ConfigError(f"k must be at least 1, got {k}")
+        chosen, k = self._chain(chain), self._page_size(k)
         funnel = self._start(batch, allowed)
-        last_reader = max((n for n, action in enumerate(chosen.actions) if self._reads_pairs(action)), default=0)
+        last_reader = self._last_reader(chosen)
         traces = []
         for number, action in enumerate(chosen.actions):
             funnel.wants_pairs = number < last_reader
@@ -237,6 +238,43 @@ class Cascade:
             traces.append(self._stage(funnel, number, action, max(action.keep or k, k), watch, given=candidates))
         rows, scores = self._page(funnel, traces, k, may_search=candidates is None)
         return Page(rows=rows, scores=scores, traces=tuple(traces), chain=chosen.name)
+
+    @torch.no_grad()
+    def pages(
+        self,
+        batch: Batch,
+        chains: Sequence[str | Chain],
+        *,
+        k: int | None = None,
+        allowed: Tensor | None = None,
+    ) -> Iterator[tuple[Chain, Page]]:
+        """The page that `run` makes by each of the chains, one after the other; what chains begin with in common is done once.
+
+        Chains that begin alike come one after the other, else in the given order. Traces of a common beginning are the same objects in
+        all pages, with the time that it took once. Arguments as in `run`.
+        """
+        chosen = [self._chain(chain) for chain in chains]
+        yield from self._branches(self._start(batch, allowed), chosen, (), self._page_size(k))
+
+    def _branches(
+        self, funnel: _Funnel, chains: Sequence[Chain], traces: tuple[StageTrace, ...], k: int
+    ) -> Iterator[tuple[Chain, Page]]:
+        """Pages of chains whose stages so far, those of `traces`, were the same."""
+        number = len(traces)
+        if number == len(self.config.stages):
+            rows, scores = self._page(funnel, traces, k, may_search=True)
+            for chain in chains:
+                yield chain, Page(rows=rows, scores=scores, traces=traces, chain=chain.name)
+            return
+        alike: dict[tuple[tuple[str, ...], int], list[Chain]] = {}
+        for chain in chains:
+            action = chain.actions[number]
+            alike.setdefault((action.systems, max(action.keep or k, k)), []).append(chain)
+        for (_, keep), same in alike.items():
+            branch = funnel.fork()
+            branch.wants_pairs = any(number < self._last_reader(chain) for chain in same)
+            trace = self._stage(branch, number, same[0].actions[number], keep, Watch())
+            yield from self._branches(branch, same, (*traces, trace), k)
 
     @torch.no_grad()
     def until(self, batch: Batch, stage: str, *, candidates: Jagged | None = None) -> Batch:
@@ -418,6 +456,16 @@ class Cascade:
         if chain is None:
             return self.config.default_chain
         return chain if isinstance(chain, Chain) else self.config.chain(chain)
+
+    def _page_size(self, k: int | None) -> int:
+        k = self.config.surface.k if k is None else k
+        if k < 1:
+            raise ConfigError(f"k must be at least 1, got {k}")
+        return k
+
+    def _last_reader(self, chain: Chain) -> int:
+        """Number of the last stage that reads pair fields; 0 where none does."""
+        return max((n for n, action in enumerate(chain.actions) if self._reads_pairs(action)), default=0)
 
     def _reads_pairs(self, action: Action) -> bool:
         """Rankers always may; other systems say so."""
