@@ -20,6 +20,29 @@ class RuleChoice:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FeedbackChoice:
+    """How a task is learned whose outcome comes late, such as a purchase hours after the click."""
+
+    rule: str = "none"
+    """Registered name of the feedback rule: vanilla, fnw, fsiw, es-dfm, defer, defuse, or one of your own; none = labels are final as
+    they stand. A rule whose scores are no logits of a chance by themselves (fnc, dfm, bi-defuse) works in the streaming trainer alone."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Its settings by name, such as {posterior = "current"} for defuse."""
+    task: str = ""
+    """In a cascade: which of `learning.tasks` comes late; empty = the last of them."""
+    observation_hours: float = 1.0
+    """How long a click waits for its conversion before it is learned from as one without."""
+    auxiliary_epochs: int = 5
+    """Passes of the networks that tell how likely a conversion is still to come, before training proper."""
+
+    def __post_init__(self) -> None:
+        if not self.observation_hours >= 0:
+            raise ConfigError(f"observation_hours must not be negative, got {self.observation_hours}")
+        if self.auxiliary_epochs < 1:
+            raise ConfigError(f"auxiliary_epochs must be at least 1, got {self.auxiliary_epochs}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerConfig:
     """How a system is trained."""
 

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from shortlist.errors import ConfigError
 from shortlist.models.base import Losses
-from shortlist.registry import find
+from shortlist.training.choice import chosen
 from shortlist.training.config import RuleChoice
 
 Floats = NDArray[np.float64]
@@ -81,23 +79,8 @@ def make_rule(choice: RuleChoice) -> GradientRule | None:
     """
     if choice == RuleChoice():  # no need to look for systems
         return None
-    entry = find(choice.rule)
-    if not issubclass(entry.cls, GradientRule):
-        raise ConfigError(f"{choice.rule!r} is a {entry.kind}, not a gradient rule; `shortlist systems` lists them")
-    known = [f.name for f in fields(entry.cls.Config)]
-    for name in choice.settings:
-        if name not in known:
-            raise ConfigError(
-                f"gradient rule {choice.rule} has no setting {name!r}; it has {', '.join(known) or 'none'}"
-            )
-    try:
-        settings: Any = TypeAdapter(entry.cls.Config).validate_python(dict(choice.settings))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(
-            f"gradient rule {choice.rule}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-        ) from error
-    return None if choice.rule == "sum" else entry.cls(settings)
+    rule = chosen(choice.rule, choice.settings, GradientRule, "gradient rule")  # type: ignore[type-abstract]
+    return None if choice.rule == "sum" else rule
 
 
 @dataclass(frozen=True, slots=True)
