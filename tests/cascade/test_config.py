@@ -1,10 +1,13 @@
 import tomllib
+from dataclasses import dataclass
 
 import pytest
 
-from shortlist.cascade.config import RunConfig
+from shortlist.cascade.allocation.base import Allocator, Budget
+from shortlist.cascade.config import AllocationConfig, RunConfig
 from shortlist.cascade.settings import build, parse_value, plain, toml
 from shortlist.errors import ConfigError, UnknownSystem
+from shortlist.registry import system
 
 FUNNEL = """
 [data]
@@ -215,3 +218,80 @@ def test_toml_text_holds_any_value():
     assert tomllib.loads(toml(table)) == table
     texts = ("3", "3.0", "true", "[1, 2]", '"x"', "time", "last-group")
     assert [parse_value(text) for text in texts] == [3, 3.0, True, [1, 2], "x", "time", "last-group"]
+
+
+# -- allocation ------------------------------------------------------------------------------------------------------
+
+ALLOCATED = f"""{FUNNEL}
+[allocation]
+system = "tiny-allocator"
+budget_ms = 1.5
+worth = "value"
+[allocation.settings]
+greed = 0.5
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedConfig:
+    greed: float = 1.0
+
+
+class Greedy(Allocator):
+    Config = GreedConfig
+
+    def aim(self, budget, contexts_RF):
+        self.budget = budget
+
+    def choose(self, contexts_RF, *, most_C=None, rng=None):
+        raise NotImplementedError
+
+
+@pytest.fixture
+def allocator():
+    system("tiny-allocator", stage="allocation", paper="baseline")(Greedy)
+
+
+def test_an_allocation_is_read_checked_and_written(allocator):
+    config = RunConfig.from_toml(ALLOCATED)
+    found = config.allocation
+    assert (found.system, found.worth, found.settings) == ("tiny-allocator", "value", GreedConfig(greed=0.5))
+    assert found.budget == Budget(ms=1.5)
+    assert RunConfig.from_toml(config.to_toml()) == config
+    assert tomllib.loads(config.to_toml())["allocation"]["settings"] == {"greed": 0.5}
+    other = config.override("allocation.budget_mflop=3", "allocation.settings.greed=2", "allocation.budget_ms=none")
+    assert (other.allocation.budget, other.allocation.settings.greed) == (Budget(mflop=3.0), 2.0)
+    bare = RunConfig.from_toml(f'{FUNNEL}[allocation]\nsystem = "tiny-allocator"')
+    assert bare.allocation.settings == GreedConfig()
+    assert RunConfig.from_toml(bare.to_toml()) == bare
+
+
+def test_without_the_section_one_chain_is_fixed_and_nothing_is_written(funnel):
+    assert funnel.allocation == AllocationConfig()
+    assert funnel.allocation.system == "fixed"
+    assert "allocation" not in tomllib.loads(funnel.to_toml())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("budget_ms", "budget_msec", r"\[allocation\] has no setting 'budget_msec': did you mean 'budget_ms'"),
+        ("greed = 0.5", "gred = 0.5", r"\[allocation.settings\] has no setting 'gred'"),
+        ("greed = 0.5", 'greed = "much"', "allocation.settings.greed is 'much'"),
+        ("budget_ms = 1.5", "budget_ms = 0.0", "a budget in ms must be above 0, got 0.0"),
+        ("budget_ms = 1.5", "max_requests = 0", "max_requests must be at least 1"),
+        ('worth = "value"', 'worth = "fame"', "allocation.worth is 'fame'"),
+        ('system = "tiny-allocator"', 'system = "tiny-closed-form"', "is a retriever and chooses no chains"),
+        ("[allocation.settings]\ngreed = 0.5", "settings = 3", r"\[allocation.settings\] must be a table"),
+    ],
+)
+def test_a_wrong_allocation_is_refused_by_name(allocator, old, new, words):
+    with pytest.raises(ConfigError, match=words):
+        RunConfig.from_toml(ALLOCATED.replace(old, new))
+
+
+def test_an_allocator_must_exist_and_no_stage_may_have_the_section_s_name(allocator):
+    with pytest.raises(UnknownSystem, match="tiny-allocator"):
+        RunConfig.from_toml(ALLOCATED.replace("tiny-allocator", "tiny-alocator"))
+    with pytest.raises(ConfigError, match="has the name of a section"):
+        RunConfig.from_toml(FUNNEL.replace("[stages.ranking]", "[stages.allocation]"))

@@ -5,6 +5,7 @@
     [learning]                    how later stages learn from what earlier ones let through
     [trainer]                     defaults of the trainer; [trainer.NAME] for one system
     [index]                       how vector retrievers search the catalogue; [index.NAME] for one system
+    [allocation]                  which chain a request gets, where stages have offers; [allocation.settings] of its allocator
     [stages.retrieval]            stages in the order in which they act; systems, keep, and further actions under `offers`
     [systems.NAME]                settings of one system; `system = "din"` gives a second instance another name
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
+from shortlist.cascade.allocation.base import Allocator, Budget
 from shortlist.cascade.settings import Plain, build, nearest, parse_value, plain, refuse_unknown, toml
 from shortlist.data.roles import Roles
 from shortlist.data.splits import DataConfig
@@ -148,6 +150,34 @@ class Chain:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AllocationConfig:
+    """Which chain a request gets; has a meaning where stages have offers, and works once `shortlist calibrate` has run."""
+
+    system: str = "fixed"
+    """The allocator: one chain for all (fixed), or what each request is worth."""
+    budget_ms: float | None = None
+    """Milliseconds of one core that a request may cost on average; none = no limit on time."""
+    budget_mflop: float | None = None
+    """1e6 FLOPs that a request may cost on average; none = no limit on them. Without either limit, what the default chain takes."""
+    worth: Literal["choice", "value"] = "choice"
+    """What a page is worth: the discounted gain of the held-out items on it, or the sum of their money."""
+    max_requests: int = 4_000
+    """Validation requests at most that calibration answers with every chain."""
+    settings: Any = None
+    """Of the allocator, as its own settings class has them; None = its defaults, where the section is left out."""
+
+    def __post_init__(self) -> None:
+        _ = self.budget
+        if self.max_requests < 1:
+            raise ConfigError(f"max_requests must be at least 1, got {self.max_requests}")
+
+    @property
+    def budget(self) -> Budget:
+        """The limits; none at all where neither is set."""
+        return Budget(ms=self.budget_ms, mflop=self.budget_mflop)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """All settings of a run. Without stages it is incomplete: `default_config` chooses them from what a log offers."""
 
@@ -164,6 +194,7 @@ class RunConfig:
     """How vector retrievers of the first stage search the catalogue."""
     indexes: Mapping[str, Plain] = field(default_factory=dict)
     """What is different for one of them: setting by name."""
+    allocation: AllocationConfig = field(default_factory=AllocationConfig)
     stages: tuple[Stage, ...] = ()
     systems: Mapping[str, SystemChoice] = field(default_factory=dict)
     """Every system of the stages by its name in this run."""
@@ -202,6 +233,7 @@ class RunConfig:
             trainers=trainers,
             index=index,
             indexes=indexes,
+            allocation=_allocation(_table(table, "allocation")),
             stages=stages,
             systems=MappingProxyType(systems),
         )
@@ -217,6 +249,8 @@ class RunConfig:
             "learning": plain(self.learning),
             "trainer": {**plain(self.trainer), **{name: dict(values) for name, values in self.trainers.items()}},
             "index": {**plain(self.index), **{name: dict(values) for name, values in self.indexes.items()}},
+            # Where nothing is set, a run of one chain need not speak of it.
+            "allocation": {} if self.allocation == AllocationConfig() else plain(self.allocation),
             "stages": {stage.name: _stage_table(stage) for stage in self.stages},
             "systems": {name: {"system": c.system, **plain(c.settings)} for name, c in self.systems.items()},
         }
@@ -306,7 +340,7 @@ class RunConfig:
 
 
 T = TypeVar("T")
-SECTIONS = ("data", "roles", "surface", "learning", "trainer", "index", "stages", "systems")
+SECTIONS = ("data", "roles", "surface", "learning", "trainer", "index", "allocation", "stages", "systems")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -358,6 +392,18 @@ def _systems(stages: tuple[Stage, ...], tables: Plain) -> dict[str, SystemChoice
         entry = find(str(settings.pop("system", name)))
         chosen[name] = SystemChoice(system=entry.name, settings=build(entry.cls.Config, settings, f"systems.{name}"))  # type: ignore[attr-defined]
     return chosen
+
+
+def _allocation(table: Plain) -> AllocationConfig:
+    """Settings of the allocator are those of the class that is registered under its name."""
+    config = build(AllocationConfig, {name: value for name, value in table.items() if name != "settings"}, "allocation")
+    if not table:
+        return config
+    entry = find(config.system)
+    if entry.kind != Allocator.kind:
+        raise ConfigError(f"allocation.system names {config.system!r}, which is a {entry.kind} and chooses no chains")
+    settings = build(entry.cls.Config, table.get("settings", {}), "allocation.settings")  # type: ignore[attr-defined]
+    return replace(config, settings=settings)
 
 
 def _shared_and_own(cls: type[T], table: Plain, section: str, systems: Plain) -> tuple[T, dict[str, Plain]]:
