@@ -11,7 +11,7 @@ B requests, t candidates end to end, E history events end to end, F = Fr + Fc fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,6 +85,14 @@ class ItemColumns(nn.Module):
             else:
                 self.register_buffer(f"column_of_{name}", column, persistent=False)
 
+    def keep(self, names: Collection[str]) -> None:
+        """Drop the columns of all other fields."""
+        for name in self.names:
+            for buffer in (f"column_of_{name}", f"values_of_{name}", f"offsets_of_{name}"):
+                if name not in names and buffer in self._buffers:
+                    delattr(self, buffer)
+        self.names = tuple(name for name in self.names if name in names)
+
     def forward(self, rows: Tensor) -> dict[str, Column]:
         """Columns of the catalogue rows [n] int64, by field name."""
         return {name: self.column(name, rows) for name in self.names}
@@ -140,10 +148,32 @@ class FieldMatrix(nn.Module):
             [f for f in item_fields if {f"item.{f.name}", f"history.{f.name}"} & set(names)], dim, table=table
         )
         self.columns = ItemColumns(space, self.item_fields.fields)
+        self.register_buffer("known_items", space.known_items, persistent=False)
+        self._place_item_fields()
+
+    def _place_item_fields(self) -> None:
+        """Which of the item fields the candidate reads, and which the history."""
         kept = [f.name for f in self.item_fields.fields]
         self.of_item = [kept.index(n.removeprefix("item.")) for n in self.candidate_names if n != "item"]
-        self.of_history = [kept.index(n.removeprefix("history.")) for n in self.request_names if "history." in n]
-        self.register_buffer("known_items", space.known_items, persistent=False)
+        self.of_history = [
+            kept.index(n.removeprefix("history.")) for n in self.request_names if n.startswith("history.")
+        ]
+
+    def keep(self, names: Collection[str]) -> None:
+        """Read only the fields of these names from now on; tables, maps and columns that none of them reads are dropped."""
+        self.candidate_names = tuple(n for n in self.candidate_names if n in names)
+        self.request_names = tuple(n for n in self.request_names if n in names)
+        kept = (*self.request_names, *self.candidate_names)
+        if not {"item", "history"} & set(kept):
+            self.item_ids = None
+        if "user" not in kept:
+            self.user_ids = None
+        for side, fields in (("user.", self.user_fields), ("context.", self.context_fields)):
+            fields.keep({n.removeprefix(side) for n in kept if n.startswith(side)})
+        own = {n.partition(".")[2] for n in kept if n.startswith(("item.", "history."))}
+        self.item_fields.keep(own)
+        self.columns.keep(own)
+        self._place_item_fields()
 
     def count_ids(self, view: View) -> None:
         """Tell the tables how often each id and field value occurs in the view's events; those of a context are not in a view."""
@@ -174,7 +204,7 @@ class FieldMatrix(nn.Module):
         parts = [self.user_fields(batch.user_fields, batch.size), self.context_fields(batch.context, batch.size)]
         if self.user_ids is not None:
             parts.insert(0, self.user_ids(dropped_ids(batch.user, self._dropout))[:, None])
-        if any(name.startswith("history") for name in self.request_names):
+        if any(map(_is_past, self.request_names)):
             items = batch.history.last(self.max_history).items
             past_EFD = self._item_vectors(items.values, "history" in self.request_names, self.of_history)
             parts.append(segment_mean(past_EFD, items.row_of_value, batch.size))
@@ -191,7 +221,8 @@ class FieldMatrix(nn.Module):
             ids = rows.masked_fill(~self.known_items[rows], 0)
             parts.append(self.item_ids(dropped_ids(ids, self._dropout))[:, None])
         if chosen:
-            parts.append(self.item_fields(self.columns(rows), len(rows))[:, chosen])
+            columns = {f.name: self.columns.column(f.name, rows) for f in (self.item_fields.fields[i] for i in chosen)}
+            parts.append(self.item_fields(columns, len(rows), chosen))
         if not parts:
             return self.item_fields.nothing.new_zeros(len(rows), 0, self.dim)
         return torch.cat(parts, dim=1)
@@ -203,24 +234,28 @@ class FieldMatrix(nn.Module):
     @property
     def candidate_flops(self) -> int:
         """Per candidate: linear maps of numbers and vectors; look-ups are not counted."""
-        return _linear(self.item_fields) if self.of_item else 0
+        return sum(_linear(self.item_fields.maps[i]) for i in self.of_item)
 
     def request_flops(self, num_history: int) -> int:
         """Per request with so many past events: linear maps, and the sums over the past."""
         num_past = min(num_history, self.max_history)
-        of_past = sum(name.startswith("history") for name in self.request_names) * self.dim
-        fields = _linear(self.item_fields) if self.of_history else 0
+        of_past = sum(map(_is_past, self.request_names)) * self.dim
+        fields = sum(_linear(self.item_fields.maps[i]) for i in self.of_history)
         return _linear(self.user_fields) + _linear(self.context_fields) + num_past * (fields + of_past)
 
     def rows_read(self, num_history: int, num_candidates: int, *, cached: bool = False) -> int:
         """Rows of tables that a request reads."""
-        of_past = sum(name.startswith("history") for name in self.request_names)
+        of_past = sum(map(_is_past, self.request_names))
         once = self.num_request - of_past + of_past * min(num_history, self.max_history)
         return num_candidates * self.num_candidate + (0 if cached else once)
 
 
 def _of(fields: Sequence[Field], side: str, names: Sequence[str]) -> list[Field]:
     return [f for f in readable(fields) if f"{side}.{f.name}" in names]
+
+
+def _is_past(name: str) -> bool:
+    return name == "history" or name.startswith("history.")
 
 
 def _linear(module: nn.Module) -> int:

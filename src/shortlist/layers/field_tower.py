@@ -6,7 +6,7 @@ that stand for one of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,18 @@ class PairVectors(nn.Module):
         self.pair = PairFeatures(space.pair_fields, num_bins)
         self.num_fields, self.numbers = len(space.pair_fields), 1 + num_bins
         self.weight_PKD = nn.Parameter(torch.randn(self.num_fields, self.numbers, dim) * 0.1)
-        self.flops = 2 * self.weight_PKD.numel()
+
+    @property
+    def flops(self) -> int:
+        """Per candidate."""
+        return 2 * self.weight_PKD.numel()
+
+    def keep(self, names: Collection[str]) -> None:
+        """Read only the fields of these names from now on; their curves stay as they are."""
+        kept = [place for place, name in enumerate(self.pair.names) if name in names]
+        self.pair.keep(names)
+        self.num_fields = len(kept)
+        self.weight_PKD = nn.Parameter(self.weight_PKD.detach()[kept].clone())
 
     def forward(self, pair: Mapping[str, Tensor], num_rows: int) -> Tensor:
         """float32 [t, P, D] from columns [t]."""

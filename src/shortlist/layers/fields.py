@@ -5,7 +5,7 @@ F fields, d width, rows = any number of items, users or requests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -71,14 +71,22 @@ class FieldEmbeddings(nn.Module):
                 times = count[column.row_of_value] if isinstance(column, Jagged) else count
                 module.prepare(count.new_zeros(module.num_rows).index_add(0, values, times))
 
-    def forward(self, columns: Mapping[str, Column], num_rows: int = 0) -> Tensor:
+    def keep(self, names: Collection[str]) -> None:
+        """Read only the fields of these names from now on; what maps the others is dropped."""
+        kept = [(f, module) for f, module in zip(self.fields, self.maps) if f.name in names]
+        self.fields = tuple(f for f, _ in kept)
+        self.maps = nn.ModuleList(module for _, module in kept)
+
+    def forward(self, columns: Mapping[str, Column], num_rows: int = 0, chosen: Sequence[int] | None = None) -> Tensor:
         """float32 [rows, F, d] from columns by field name, as a FieldTable or a Batch holds them.
 
-        `num_rows` is only read where F = 0. Raises KeyError with the field's name when a column is missing.
+        `num_rows` is only read where F = 0; `chosen` are the places of the fields to give, in that order, None = all. Raises KeyError with
+        the field's name when a column is missing.
         """
-        if not self.fields:
+        places = range(len(self.fields)) if chosen is None else chosen
+        if not places:
             return self.nothing.new_zeros(num_rows, 0, self.dim)
-        return torch.stack([self._embed(m, columns[f.name]) for f, m in zip(self.fields, self.maps)], dim=1)
+        return torch.stack([self._embed(self.maps[p], columns[self.fields[p].name]) for p in places], dim=1)
 
     def _embed(self, module: nn.Module, column: Column) -> Tensor:
         if isinstance(column, Jagged):

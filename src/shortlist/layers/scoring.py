@@ -6,7 +6,7 @@ request's side, V of a candidate's side, W of the first hidden layer, F fields, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +61,18 @@ class SplitMLP(nn.Module):
         first = self.mlp.layers[0]
         assert isinstance(first, nn.Linear)
         return first
+
+    def keep(self, columns: Tensor, request_width: int) -> None:
+        """Read only these columns of the input [n] int64, ascending, of which the first `request_width` are the request's; the weights of
+        the kept ones stay as they are."""
+        first = self._first
+        self.mlp.flops_per_row -= 2 * first.weight.numel()
+        first.weight = nn.Parameter(first.weight.detach()[:, columns].clone())
+        first.in_features = self.mlp.in_width = len(columns)
+        self.mlp.flops_per_row += 2 * first.weight.numel()
+        self.request_width = request_width
+        self.request_flops = 2 * request_width * first.out_features
+        self.candidate_flops = self.mlp.flops_per_row - self.request_flops
 
     def request_side(self, request_BR: Tensor, batch: Batch | None = None) -> Tensor:
         """float32 [B, W]: the request's share of the first layer, bias included; `batch` is not read."""
@@ -211,6 +223,11 @@ class PairFeatures(nn.Module):
         self.num_bins = num_bins
         self.width = len(self.names) * (1 + num_bins)
         self.register_buffer("left_K", torch.linspace(-1, 1, num_bins + 1)[:-1], persistent=False)
+
+    def keep(self, names: Collection[str]) -> None:
+        """Read only the fields of these names from now on."""
+        self.names = tuple(name for name in self.names if name in names)
+        self.width = len(self.names) * (1 + self.num_bins)
 
     def forward(self, pair: Mapping[str, Tensor], num_rows: int) -> Tensor:
         """float32 [t, width] from columns [t]; DataError names a field that is missing."""

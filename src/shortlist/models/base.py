@@ -116,6 +116,12 @@ class System(nn.Module, ABC):
     def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
         """FLOPs and bytes of one request; `cached` = the user side is already at hand."""
 
+    def take_shape(self, tensors: Mapping[str, Tensor]) -> None:
+        """Called before weights are loaded: a system that training narrows takes the shape it had when these were saved.
+
+        Raises ValueError where they are of other fields.
+        """
+
     def buffer(self, name: str, value: Tensor) -> None:
         """Set a buffer that is saved with the weights, whatever its shape was before."""
         if name in self._buffers:
@@ -340,6 +346,7 @@ def top_k_of_candidates(rows: Jagged, scores: Tensor, k: int) -> Retrieved:
 
 def load_weights(system: System, tensors: Mapping[str, Tensor]) -> None:
     """Set parameters and buffers by name; buffers made by `prepare` may have any shape. ValueError names what does not fit."""
+    system.take_shape(tensors)
     for name, value in tensors.items():
         path, _, leaf = name.rpartition(".")
         module = system.get_submodule(path)

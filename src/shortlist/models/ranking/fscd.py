@@ -1,0 +1,117 @@
+"""FSCD: a pre-ranker that reads crosses and an MLP, and pays for it with the fields it does without.
+
+"Towards a Better Tradeoff between Effectiveness and Efficiency in Pre-Ranking: A Learnable Feature Selection based Approach", Ma et al.,
+SIGIR 2021 (arXiv 2105.07706). Two thirds of a pre-ranker's time go into making and looking up fields, so that is where it saves:
+
+    select    every field's vector times a gate that is nearly 0 or 1; the loss pays each gate's field cost (layers/selection.py)
+    choose    the fields that are wanted most, as many as a budget of cost allows, or a given number
+    tune      the same network over the kept fields alone, from the weights of the first phase, without gates
+
+Served is an ordinary MLP over the kept fields: the others are neither gathered nor multiplied, and its first layer is as wide as they are.
+
+Differences from the paper: see layers/selection.py for the cost term; costs are declared by kind and name, or measured, since the paper's
+factors are not published; a budget of cost may stand in place of the number of fields; the loss is a softmax over a request's candidates
+unless "bce" is chosen; at least one field of the candidate always stays. `gates.cost_aware = false` is Dropout Feature Ranking, and
+`choice.epochs = 0` the same network over all fields that are named, without a choice. What was not recovered of the paper (the factors of
+the cost, learning rates, the number of fields) has defaults of our own.
+
+B requests, t candidates end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shortlist.data.batches import Batch, Candidates
+from shortlist.data.histories import View
+from shortlist.data.schema import Space
+from shortlist.layers.field_matrix import FieldsConfig
+from shortlist.layers.scoring import HeadConfig
+from shortlist.layers.selected_fields import PreRankingBody, PreRankingConfig, State
+from shortlist.layers.selection import ChoiceConfig, ConcreteGates, GatesConfig
+from shortlist.models.base import Cost, Losses, Phase, Ranker, RequestShape, Scores
+from shortlist.registry import system
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FSCDConfig(PreRankingConfig):
+    """Settings of FSCD."""
+
+    gates: GatesConfig = GatesConfig()  # noqa: RUF009  (frozen)
+    """How fields are chosen."""
+
+    def __post_init__(self) -> None:
+        self.check("fscd")
+
+
+@system(
+    "fscd",
+    stage="pre-ranking",
+    paper="Ma et al., SIGIR 2021",
+    cold_users=True,
+    cold_items=True,
+    tiny={
+        "fields": FieldsConfig(dim=8, max_history=10),
+        "head": HeadConfig(widths=(16,), activation="relu", dropout=0.0),
+        "choice": ChoiceConfig(budget=0.5),
+    },
+)
+class FSCD(Ranker):
+    """An MLP over few fields, chosen by gates that weigh what a field tells against what it costs."""
+
+    Config = FSCDConfig
+
+    def __init__(self, config: FSCDConfig, space: Space) -> None:
+        super().__init__(config, space)
+        self.max_history = config.fields.max_history
+        self.body = PreRankingBody(space, config, lambda num_fields, dim: ConcreteGates(num_fields, config.gates))
+
+    def prepare(self, view: View) -> None:
+        """Measure what fields cost, where that is asked for."""
+        self.body.price(view)
+
+    def take_shape(self, tensors: Mapping[str, Tensor]) -> None:
+        """Narrow to the fields of the saved weights."""
+        self.body.take_shape(tensors, "body.")
+
+    def phases(self) -> tuple[Phase, ...]:
+        """See the top of this file."""
+        return phases_of(self.body, self.losses)
+
+    def user_state(self, batch: Batch) -> State:
+        """What depends on the request alone."""
+        return self.body.user_state(batch)
+
+    def score_candidates(self, state: State, candidates: Candidates) -> Scores:
+        """Logits [t] per task."""
+        return self.body.score_candidates(state, candidates)
+
+    def losses(self, batch: Batch) -> Losses:
+        """By task as `config.head.loss` says, and in the first phase what the gates pay."""
+        return self.body.losses(batch)
+
+    def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
+        """Of the fields that are kept: their maps, their columns of the first layer, and the rest of the tower."""
+        return cost_of(self.body, shape, cached)
+
+
+def phases_of(body: PreRankingBody, losses: Callable[[Batch], Losses]) -> tuple[Phase, ...]:
+    """Choosing and fine-tuning, or one phase where the fields are settled."""
+    if body.gates is None:
+        return (Phase(name="tune", feed="candidates", losses=losses),)
+    return (
+        Phase(name="select", feed="candidates", losses=losses, epochs=body.config.choice.epochs),
+        Phase(name="tune", feed="candidates", losses=losses, before=lambda view: body.settle()),
+    )
+
+
+def cost_of(body: PreRankingBody, shape: RequestShape, cached: bool) -> Cost:
+    """Cost of one request."""
+    return Cost(
+        user_flops=0.0 if cached else body.request_flops(shape.num_history),
+        item_flops=body.candidate_flops,
+        bytes=body.bytes_read(shape.num_history, shape.num_candidates, cached=cached),
+    )
