@@ -6,9 +6,9 @@ B requests, total = all history events (or all candidates) of the batch end to e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -74,6 +74,17 @@ class NextTargets:
     """float32, one per value of `items`."""
 
 
+class Criterion(Protocol):
+    """A loss of its own for one or several tasks, in place of that of their labels; a dataclass whose tensors move with the batch."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Whose loss it is."""
+
+    def __call__(self, scores: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
+        """The loss, a scalar, from logits [total] by task and the batch's weights [total]."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """B requests as tensors on one device. `candidates`, `labels` and `targets` are there when the work needs them."""
@@ -92,6 +103,12 @@ class Batch:
     """float32 [total] per task, aligned with the candidates."""
     weight: Tensor | None = None
     """float32 [total], aligned with the candidates; None = all 1."""
+    sample_kind: Tensor | None = None
+    """int64 [total] of streamed rows: what the row is to its click, such as the late copy of a conversion; see training/feedback."""
+    emitted_at: Tensor | None = None
+    """int64 [total] seconds of streamed rows: when the label was known as it stands."""
+    criteria: tuple[Criterion, ...] = ()
+    """Losses of tasks that labels alone do not decide; given to a batch when it is whole, since they can not be cut."""
     excluded: Jagged | None = None
     """Catalogue rows that must not be retrieved, per request."""
     targets: NextTargets | None = None
@@ -114,7 +131,10 @@ class Batch:
         self, rows: Jagged, pair: Mapping[str, Tensor] | None = None, labels: Mapping[str, Tensor] | None = None
     ) -> Batch:
         """The same requests with other candidates."""
-        return replace(self, candidates=Candidates(rows=rows, pair=pair or {}), labels=labels or {}, weight=None)
+        candidates = Candidates(rows=rows, pair=pair or {})
+        return replace(
+            self, candidates=candidates, labels=labels or {}, weight=None, sample_kind=None, emitted_at=None, criteria=()
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
@@ -123,15 +143,17 @@ class Batch:
 
 
 def _move(thing: Any, device: torch.device | str) -> Any:
-    """Tensors, jagged rows and the named groups of them above, on another device; None stays None."""
+    """Tensors, jagged rows and groups of them, on another device; what holds no tensor stays as it is."""
     if thing is None:
         return None
     if isinstance(thing, Tensor | Jagged):
         return thing.to(device)
     if isinstance(thing, tuple):
-        return thing
+        return tuple(_move(inner, device) for inner in thing)
     if isinstance(thing, Mapping):
         return {name: _move(value, device) for name, value in thing.items()}
+    if not is_dataclass(thing):
+        return thing
     return type(thing)(**{f.name: _move(getattr(thing, f.name), device) for f in fields(thing)})
 
 
@@ -174,6 +196,8 @@ def split_batch(batch: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
     """The batch cut into batches of so many requests, in order; they share its memory. The sizes add up to B."""
     if sum(sizes) != batch.size:
         raise ValueError(f"a batch of {batch.size} requests is to be cut, got sizes {list(sizes)}")
+    if batch.criteria:
+        raise ValueError("a batch with criteria can not be cut; give them to the parts")
     sizes = list(sizes)
     user, time, items = batch.user.split(sizes), batch.time.split(sizes), _cut(batch.history.items, sizes)
     num_events = [len(part.values) for part in items]
@@ -186,7 +210,8 @@ def split_batch(batch: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
     num_rows = [len(part.values) for part in rows]
     pair = {} if batch.candidates is None else {name: c.split(num_rows) for name, c in batch.candidates.pair.items()}
     labels = {task: column.split(num_rows) for task, column in batch.labels.items()}
-    weight = None if batch.weight is None else batch.weight.split(num_rows)
+    by_row = {name: getattr(batch, name) for name in ("weight", "sample_kind", "emitted_at")}
+    by_row = {name: column.split(num_rows) for name, column in by_row.items() if column is not None}
     first = 0
     for i, size in enumerate(sizes):
         yield Batch(
@@ -199,7 +224,7 @@ def split_batch(batch: Batch, sizes: Sequence[int]) -> Iterator[Batch]:
             if rows
             else None,
             labels={task: parts[i] for task, parts in labels.items()},
-            weight=None if weight is None else weight[i],
+            **{name: parts[i] for name, parts in by_row.items()},
             excluded=None if excluded is None else excluded[i],
             targets=None if targets is None else targets[i],
             key=batch.key[first : first + size],

@@ -375,10 +375,13 @@ def task_losses(scores: Mapping[str, Tensor], batch: Batch, loss: RankingLoss) -
     """One loss per task from logits [t]: "softmax" over each request's candidates, or "bce" per candidate.
 
     In a tabular batch, where no request has two candidates, a softmax has nothing to compare: such a batch takes "bce". A label that is
-    NaN is not known: the task's loss is the mean over the candidates whose label is. DataError names a task without labels.
+    NaN is not known: the task's loss is the mean over the candidates whose label is. Tasks of a criterion of the batch have one loss, the
+    criterion's, under the name of its first task. DataError names a task without labels.
     """
     rows = batch.candidate_rows
-    missing = [task for task in scores if task not in batch.labels]
+    criteria = {criterion.tasks[0]: criterion for criterion in batch.criteria}
+    others = {task for criterion in batch.criteria for task in criterion.tasks[1:]}
+    missing = [task for task in scores if task not in batch.labels and task not in criteria and task not in others]
     if missing:
         raise DataError(
             f"the batch has no labels for {missing}; label every task of the space or drop it from the tasks"
@@ -386,6 +389,10 @@ def task_losses(scores: Mapping[str, Tensor], batch: Batch, loss: RankingLoss) -
     binary = loss == "bce" or int(rows.lengths.max() if rows.num_rows else 0) < 2
     losses = {}
     for task, score in scores.items():
+        if task in criteria:
+            losses[task] = criteria[task](scores, batch.weight)
+        if task in criteria or task in others:
+            continue
         label, weight, listed = batch.labels[task], batch.weight, rows
         known = ~label.isnan()
         if not known.all():
