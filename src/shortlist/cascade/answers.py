@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shortlist.cascade.cascade import Page, StageTrace
+from shortlist.cascade.governor import Allotted
 from shortlist.cascade.live import Live
 from shortlist.cascade.meter import StageReport
 from shortlist.cascade.pasts import MS
@@ -54,6 +55,8 @@ class Answer:
     """Moment that was asked for, seconds since 1970 UTC."""
     spent_ms: float
     """Wall time; of a batch, its share."""
+    allotted: Allotted
+    """Why it was this chain."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -61,11 +64,12 @@ class Answer:
         return {
             **plain,
             "items": [{f: getattr(item, f) for f in Item.__slots__} for item in self.items],
+            "allotted": {f: getattr(self.allotted, f) for f in Allotted.__slots__},
             "stages": [{f: getattr(stage, f) for f in StageReport.__slots__} for stage in self.stages],
         }
 
 
-_PLAIN = tuple(f for f in Answer.__slots__ if f not in ("items", "stages"))
+_PLAIN = tuple(f for f in Answer.__slots__ if f not in ("items", "stages", "allotted"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +90,8 @@ class Circumstances:
     """Candidates without a match; None where the request brought none."""
     spent_ms: float
     """Per request."""
+    allotted: Sequence[Allotted]
+    """[B]."""
 
 
 def make_answers(live: Live, page: Page, told: Circumstances) -> list[Answer]:
@@ -124,6 +130,7 @@ def make_answers(live: Live, page: Page, told: Circumstances) -> list[Answer]:
                 num_history=told.num_history[place],
                 at=told.moments[place],
                 spent_ms=told.spent_ms,
+                allotted=told.allotted[place],
             )
         )
     return answers
@@ -153,9 +160,10 @@ class _StageArrays:
         return same_kC.any(1).tolist(), self.scores[mine][same_kC.argmax(1)].tolist()
 
 
-def logged(page: Page, answer: Answer, k: int) -> LoggedRequest:
-    """The only request of a page, for the request log."""
+def logged(page: Page, answer: Answer, k: int, place: int) -> LoggedRequest:
+    """One request of a page, for the request log: the one at `place`, which `answer` answers."""
     stages = [_StageArrays.of(trace) for trace in page.traces]
+    mine = [slice(stage.offsets[place], stage.offsets[place + 1]) for stage in stages]
     return LoggedRequest(
         request_id=answer.request_id,
         at_ms=round(time.time() * MS),
@@ -164,10 +172,14 @@ def logged(page: Page, answer: Answer, k: int) -> LoggedRequest:
         chain=answer.chain,
         snapshot_version=answer.snapshot_version,
         page=[item.item_id for item in answer.items],
-        stages=[LoggedStage(name=stage.name, rows=stage.rows, scores=stage.scores) for stage in stages],
+        stages=[
+            LoggedStage(name=stage.name, rows=stage.rows[part], scores=stage.scores[part])
+            for stage, part in zip(stages, mine)
+        ],
         reports=answer.stages,
         removed=answer.removed,
         degraded=answer.degraded,
+        propensity=answer.allotted.propensity,
     )
 
 

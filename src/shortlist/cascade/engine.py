@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.answers import Answer, Circumstances, logged, make_answers
 from shortlist.cascade.candidates import Blocked, first_permitted
 from shortlist.cascade.cascade import Page, StageTrace
+from shortlist.cascade.governor import Allotted, Decision
 from shortlist.cascade.live import Live, load_live
 from shortlist.cascade.meter import Meter
-from shortlist.cascade.pasts import Newer, PastEvent, newer_of, newer_stored, pasts, sent_history
+from shortlist.cascade.pasts import Newer, PastEvent, newer_of, newer_stored, pasts
+from shortlist.cascade.questions import Asked, Question, check, page_size, together
 from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.rules import Rules, Ruling, rule
 from shortlist.cascade.summaries import open_summaries
@@ -36,8 +39,8 @@ from shortlist.data.batches import Batch, request_batch
 from shortlist.data.histories import Histories, Int
 from shortlist.data.jagged import Jagged
 from shortlist.data.vocabulary import Id
-from shortlist.errors import ConfigError
-from shortlist.store.events import MAX_TIMESTAMP, Event, EventStore, StoreUnavailable
+from shortlist.errors import ConfigError, ShortlistError
+from shortlist.store.events import Event, EventStore, StoreUnavailable
 from shortlist.store.memories import Memories
 
 LAST_RESORT = "popular"
@@ -116,20 +119,6 @@ class Traced:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Asked:
-    """B checked questions that share everything but the user."""
-
-    users: Sequence[Id | None]
-    k: int
-    sent: Sequence[PastEvent] | None = None
-    context: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    candidates: Int | None = None
-    num_unknown_candidates: int | None = None
-    rules: Rules = field(default_factory=Rules)
-    at: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Known:
     """What the engine found out about B users."""
 
@@ -137,6 +126,14 @@ class _Known:
     """None where even that failed."""
     num_history: list[int]
     moments: list[int]
+
+    def select(self, places: Sequence[int]) -> _Known:
+        """Of some of the users."""
+        return _Known(
+            batch=None if self.batch is None else self.batch.select(torch.tensor(places)),
+            num_history=[self.num_history[place] for place in places],
+            moments=[self.moments[place] for place in places],
+        )
 
 
 class Engine:
@@ -229,6 +226,8 @@ class Engine:
         allow: Sequence[Id] | None = None,
         deny: Sequence[Id] = (),
         at: float | None = None,
+        budget: Budget | None = None,
+        chain: str | None = None,
     ) -> Answer:
         """A page for one user, known or not.
 
@@ -240,15 +239,82 @@ class Engine:
             candidates: the only items to choose from.
             rules: which items may be shown; `allow` and `deny` are short for rules that only name those.
             at: seconds since 1970 UTC; later events are not read. None = now, with all that is known.
+            budget: what this request may cost at most; None = as the run's allocator says.
+            chain: name of the chain to answer by; None = the allocator's choice, without one the default chain.
 
         Raises:
-            ConfigError: `k` is out of range, a list is too long, or rules and allow/deny are both given.
+            ConfigError: `k` is out of range, a list is too long, rules and allow/deny are both given, no such chain, or a budget where
+                the run is not calibrated.
             DataError: an unknown context column, or a history with some times missing.
+        """
+        if rules is not None and (allow is not None or deny):
+            raise ConfigError("give either rules, or allow and deny, not both")
+        question = Question(
+            user=user,
+            k=k,
+            history=history,
+            context=context or {},
+            candidates=candidates,
+            rules=rules or Rules(allow=allow, deny=deny),
+            at=at,
+            budget=budget or Budget(),
+            chain=chain,
+        )
+        began = time.perf_counter()
+        live = self._live
+        return self._answer(live, self._check(live, question), began, log=True)[0]
+
+    def answer(
+        self, questions: Sequence[Question], *, deadline_ms: float | None = None
+    ) -> list[Answer | ShortlistError]:
+        """Answers to questions that came at about the same time, worked on together as far as they allow it.
+
+        Args:
+            questions: of any users.
+            deadline_ms: time from now after which no stage is waited for; None = as the engine's settings say.
+
+        Returns an answer for each question, or the error that its caller should be told.
         """
         began = time.perf_counter()
         live = self._live
-        asked = self._check(live, user, k, history, context, candidates, rules, allow, deny, at)
-        return self._answer(live, asked, began, log=True)[0]
+        results: list[Answer | ShortlistError | None] = [None] * len(questions)
+        asked, places = [], []
+        for place, question in enumerate(questions):
+            try:
+                asked.append(self._check(live, question))
+                places.append(place)
+            except ShortlistError as error:
+                results[place] = error
+        for group, members in together(asked):
+            answers = self._answer(live, group, began, log=True, deadline_ms=deadline_ms)
+            for member, answer in zip(members, answers):
+                results[places[member]] = answer
+        return [result for result in results if result is not None]
+
+    def last_resort(self, question: Question, reason: str) -> Answer:
+        """The most popular items that the question permits, for one that could not be answered in its time; marked degraded."""
+        began = time.perf_counter()
+        live = self._live
+        asked = check(live, question, self.config)
+        known = _Known(batch=None, num_history=[0], moments=[int(time.time())])
+        rulings = _rulings(live, asked, known)
+        page = _popular_page(live, asked, known, rulings[0].allowed)
+        told = Circumstances(
+            users=asked.users,
+            num_history=known.num_history,
+            moments=known.moments,
+            rulings=rulings,
+            problems=[reason],
+            num_unknown_candidates=asked.num_unknown_candidates,
+            spent_ms=(time.perf_counter() - began) * 1e3,
+            allotted=[Allotted(reason="fallback")],
+        )
+        return make_answers(live, page, told)[0]
+
+    def answered(self, latency_ms: float, *, failed: bool = False) -> None:
+        """Tell how long a caller waited and whether for nothing; what chains the server can afford follows it."""
+        if self._live.governor is not None:
+            self._live.governor.answered(latency_ms, failed=failed)
 
     def traced(
         self,
@@ -259,10 +325,12 @@ class Engine:
     ) -> Traced:
         """The page that `recommend` gives to the same question, with what every stage did. Not logged, not metered."""
         live = self._live
-        asked = self._check(live, user, k, history, None, None, None, None, (), None)
+        asked = self._check(live, Question(user=user, k=k, history=history))
         problems = list(live.problems)
         known = self._known(live, asked, problems)
-        page = self._page(live, asked, known, _rulings(live, asked, known)[0].allowed, problems)
+        chain = _decide(live, asked, known, problems).chains[0]
+        allowed = _rulings(live, asked, known)[0].allowed
+        page = self._page(live, asked, known, allowed, chain, self.config.deadline_ms, problems)
         return Traced(
             live=live,
             user=user,
@@ -275,10 +343,10 @@ class Engine:
     def recommend_many(self, users: Sequence[Id | None], k: int | None = None) -> list[Answer]:
         """Pages for many users, `config.batch_size` at a time; not written to the request log."""
         live = self._live
-        k = self._page_size(live, k)
+        k = page_size(live, k, self.config)
         answers: list[Answer] = []
         for start in range(0, len(users), self.config.batch_size):
-            asked = _Asked(users=users[start : start + self.config.batch_size], k=k)
+            asked = Asked(users=users[start : start + self.config.batch_size], k=k)
             answers += self._answer(live, asked, time.perf_counter(), log=False)
         return answers
 
@@ -337,80 +405,63 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- checking ------------------------------------------------------------------------------------------------
-
-    def _check(
-        self,
-        live: Live,
-        user: Id | None,
-        k: int | None,
-        history: Sequence[Id | tuple[Id, float] | PastEvent] | None,
-        context: Mapping[str, Any] | None,
-        candidates: Sequence[Id] | None,
-        rules: Rules | None,
-        allow: Sequence[Id] | None,
-        deny: Sequence[Id],
-        at: float | None,
-    ) -> _Asked:
-        """Refuse what can not be answered, number what can."""
-        if rules is not None and (allow is not None or deny):
-            raise ConfigError("give either rules, or allow and deny, not both")
-        rules = rules or Rules(allow=allow, deny=deny)
-        lists = {"history": history, "candidates": candidates, "allow": rules.allow, "deny": rules.deny}
-        for name, given in lists.items():
-            most = self.config.max_sent_history if name == "history" else self.config.max_ids
-            if given is not None and len(given) > most:
-                raise ConfigError(f"{name} has {len(given):,} entries; at most {most:,} are taken")
-        if candidates is not None and not len(candidates):
-            raise ConfigError("candidates is an empty list; leave it out to choose from all items")
-        if at is not None and not 0 <= at < MAX_TIMESTAMP:
-            raise ConfigError(f"at must be seconds since 1970, got {at!r}")
-        rows = None if candidates is None else live.items(candidates)
-        known = None if rows is None else np.unique(rows[rows > 0])
-        context_columns = {name: [value] for name, value in (context or {}).items()}
-        if context_columns:
-            live.dataset.requests_for([None], context=context_columns)  # refuses columns that do not exist
-        return _Asked(
-            users=[user],
-            k=self._page_size(live, k),
-            sent=None if history is None else sent_history(history),
-            context=context_columns,
-            candidates=known,
-            num_unknown_candidates=None if rows is None else int((rows == 0).sum()),
-            rules=rules,
-            at=None if at is None else int(at),
-        )
-
-    def _page_size(self, live: Live, k: int | None) -> int:
-        k = live.cascade.config.surface.k if k is None else k
-        if not 1 <= k <= self.config.max_k:
-            raise ConfigError(f"k must be from 1 to {self.config.max_k}, got {k}")
-        return k
-
     # -- answering -----------------------------------------------------------------------------------------------
 
-    def _answer(self, live: Live, asked: _Asked, began: float, *, log: bool) -> list[Answer]:
+    def _check(self, live: Live, question: Question) -> Asked:
+        asked = check(live, question, self.config)
+        if asked.most_BC is not None and live.governor is None:
+            raise ConfigError(
+                "a request's budget needs to know what chains cost: run `shortlist calibrate` on this run, or leave the budget out"
+            )
+        return asked
+
+    def _answer(
+        self, live: Live, asked: Asked, began: float, *, log: bool, deadline_ms: float | None = None
+    ) -> list[Answer]:
         """Answers to B questions, whatever happens."""
         problems = list(live.problems)
         known = self._known(live, asked, problems)
         rulings = _rulings(live, asked, known)
-        page = self._page(live, asked, known, rulings[0].allowed, problems)
-        self.meter.add(page.chain, page.reports)
-        told = Circumstances(
-            users=asked.users,
-            num_history=known.num_history,
-            moments=known.moments,
-            rulings=rulings,
-            problems=problems,
-            num_unknown_candidates=asked.num_unknown_candidates,
-            spent_ms=(time.perf_counter() - began) * 1e3 / len(asked.users),
-        )
-        answers = make_answers(live, page, told)
-        if log and self.request_log is not None:
-            self.request_log.add(logged(page, answers[0], asked.k), live.ids)
-        return answers
+        decision = _decide(live, asked, known, problems)
+        limit = min((ms for ms in (deadline_ms, self.config.deadline_ms) if ms is not None), default=None)
+        answers: list[Answer | None] = [None] * len(asked.users)
+        for name, places in _by_chain(decision):
+            part, of_part = asked, known
+            if len(places) < len(asked.users):
+                part = replace(asked, users=[asked.users[place] for place in places])
+                of_part = known.select(places)
+            page = self._page(live, part, of_part, rulings[0].allowed, name, limit, problems)
+            self.meter.add(page.chain, page.reports)
+            told = Circumstances(
+                users=part.users,
+                num_history=of_part.num_history,
+                moments=of_part.moments,
+                rulings=[rulings[place] for place in places],
+                problems=problems,
+                num_unknown_candidates=asked.num_unknown_candidates,
+                spent_ms=(time.perf_counter() - began) * 1e3 / len(asked.users),
+                allotted=[decision.told[place] for place in places],
+            )
+            made = make_answers(live, page, told)
+            for number, (place, answer) in enumerate(zip(places, made)):
+                answers[place] = answer
+                if log and self.request_log is not None:
+                    self.request_log.add(logged(page, answer, asked.k, number), live.ids)
+        done = [answer for answer in answers if answer is not None]
+        if live.governor is not None:
+            live.governor.note(decision, [answer.stages for answer in done])
+        return done
 
-    def _page(self, live: Live, asked: _Asked, known: _Known, allowed: Tensor | None, problems: list[str]) -> Page:
+    def _page(
+        self,
+        live: Live,
+        asked: Asked,
+        known: _Known,
+        allowed: Tensor | None,
+        chain: str | None,
+        deadline_ms: float | None,
+        problems: list[str],
+    ) -> Page:
         """What the cascade makes of it, or the last resort."""
         if known.batch is not None:
             try:
@@ -419,13 +470,14 @@ class Engine:
                     k=asked.k,
                     candidates=None if asked.candidates is None else Jagged.from_rows([asked.candidates.tolist()]),
                     allowed=allowed,
-                    deadline_ms=self.config.deadline_ms,
+                    chain=chain,
+                    deadline_ms=deadline_ms,
                 )
             except Exception as error:  # a request always gets a page
                 problems.append(_reason("the cascade failed", error))
         return _popular_page(live, asked, known, allowed)
 
-    def _known(self, live: Live, asked: _Asked, problems: list[str]) -> _Known:
+    def _known(self, live: Live, asked: Asked, problems: list[str]) -> _Known:
         """The batch, from all that is known of the users."""
         now = time.time()
         excludes = not (live.repeats if asked.rules.seen is None else asked.rules.seen == "keep")
@@ -457,7 +509,7 @@ class Engine:
         return _Known(batch=batch, num_history=known.tolist(), moments=moments.tolist())
 
     def _pasts(
-        self, live: Live, asked: _Asked, rows: Int, now: float, newest: int | None, problems: list[str]
+        self, live: Live, asked: Asked, rows: Int, now: float, newest: int | None, problems: list[str]
     ) -> tuple[Histories, Int]:
         """Histories of B users, and the moment [B] each is asked about."""
         newer: Newer | None = None
@@ -483,6 +535,28 @@ class Engine:
         return None if self.events is None else newer_stored(self.events, users, live.items, live.action_ids)
 
 
+def _decide(live: Live, asked: Asked, known: _Known, problems: list[str]) -> Decision:
+    """A chain for each of B requests."""
+    num_requests = len(asked.users)
+    if asked.chain is not None:
+        return Decision([asked.chain] * num_requests, [Allotted(reason="named")] * num_requests)
+    if live.governor is None or known.batch is None:
+        return Decision([None] * num_requests, [Allotted(reason="default")] * num_requests)
+    try:
+        return live.governor.choose(known.batch, asked.most_BC)
+    except Exception as error:  # a request always gets a page
+        problems.append(_reason("the allocator failed", error))
+        return Decision([None] * num_requests, [Allotted(reason="fallback")] * num_requests)
+
+
+def _by_chain(decision: Decision) -> list[tuple[str | None, list[int]]]:
+    """The chains that were chosen, each with the places of its requests."""
+    places: dict[str | None, list[int]] = {}
+    for place, name in enumerate(decision.chains):
+        places.setdefault(name, []).append(place)
+    return list(places.items())
+
+
 def _reason(what: str, error: Exception) -> str:
     return f"{what} ({type(error).__name__}: {error})"
 
@@ -495,7 +569,7 @@ def _last_times(past: Histories) -> Int:
     return np.where(end > start, past.time[np.maximum(end - 1, 0)], 0)
 
 
-def _rulings(live: Live, asked: _Asked, known: _Known) -> list[Ruling]:
+def _rulings(live: Live, asked: Asked, known: _Known) -> list[Ruling]:
     """The rules' meaning per request; `allowed` is the same for all."""
     excluded = None if known.batch is None else known.batch.excluded
     rulings = []
@@ -507,7 +581,7 @@ def _rulings(live: Live, asked: _Asked, known: _Known) -> list[Ruling]:
     return rulings
 
 
-def _popular_page(live: Live, asked: _Asked, known: _Known, allowed: Tensor | None) -> Page:
+def _popular_page(live: Live, asked: Asked, known: _Known, allowed: Tensor | None) -> Page:
     """What is left when the cascade fails as a whole: the most popular items that the rules permit."""
     began = time.perf_counter()
     popular, num_requests = live.cascade.popular.cpu(), len(asked.users)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shortlist.cascade.cascade import Cascade
+from shortlist.cascade.governor import Governor
 from shortlist.cascade.pasts import Numbers
 from shortlist.cascade.run import load_run
 from shortlist.data.batches import request_batch
@@ -22,6 +23,8 @@ class Live:
         self.dataset, self.cascade, self.version, self.folder = dataset, cascade, version, folder
         self.problems: tuple[str, ...] = ()
         """What is wrong with files beside the run; every answer says so."""
+        self.governor: Governor | None = None
+        """Chooses chains; None = every request gets the default one. An engine sets it."""
         self.users, self.items = Numbers(dataset.user_ids), Numbers(dataset.item_ids)
         self.user_fields: FieldTable = dataset.users
         self.log_end: int = dataset.plan.now["end"]

@@ -136,10 +136,33 @@ class Batch:
             self, candidates=candidates, labels=labels or {}, weight=None, sample_kind=None, emitted_at=None, criteria=()
         )
 
+    def select(self, index: Tensor) -> Batch:
+        """The requests at `index` (int64 [B']), in that order; of a batch without candidates and targets, which ends in a ValueError."""
+        if self.candidates is not None or self.targets is not None:
+            raise ValueError(
+                "only requests without candidates and targets can be selected; select before they are added"
+            )
+        where = self.history.items.value_index(index)
+        columns = {name: getattr(self.history, name)[where] for name in ("time", "action", "value", "group")}
+        return replace(
+            self,
+            user=self.user[index],
+            time=self.time[index],
+            history=History(items=self.history.items.select(index), **columns),
+            user_fields={name: _chosen(column, index) for name, column in self.user_fields.items()},
+            context={name: _chosen(column, index) for name, column in self.context.items()},
+            excluded=None if self.excluded is None else self.excluded.select(index),
+            key=tuple(self.key[i] for i in index.tolist()) if self.key else (),
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
         moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
         return Batch(**moved)
+
+
+def _chosen(column: Column, index: Tensor) -> Column:
+    return column.select(index) if isinstance(column, Jagged) else column[index]
 
 
 def _move(thing: Any, device: torch.device | str) -> Any:

@@ -3,15 +3,17 @@
     GET  /v1/recommend/{user}?k=10     POST /v1/recommend     POST /v1/events
     GET  /v1/health/live               GET  /v1/health/ready  GET  /metrics     GET /docs
 
-Routes are plain functions, so they run in a pool of threads and a slow one keeps nobody else waiting. Errors are
-{"error": "one sentence"}: 400 not JSON, 413 too long, 415 not declared as JSON, 422 not what was asked for, 503 events can not be kept
-now. An unknown id is no error. The page at /docs and all it needs come from this server.
+Requests for pages are answered in batches by a few workers (batching.py); other routes are plain functions, so they run in a pool of
+threads and a slow one keeps nobody else waiting. Errors are {"error": "one sentence"}: 400 not JSON, 413 too long, 415 not declared
+as JSON, 422 not what was asked for, 503 events can not be kept now, or too many requests wait. An unknown id is no error. The page at
+/docs and all it needs come from this server.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -23,8 +25,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from shortlist._version import __version__
 from shortlist.cascade.answers import Answer
-from shortlist.cascade.engine import Engine
+from shortlist.cascade.engine import LAST_RESORT, Engine
+from shortlist.cascade.questions import Question
 from shortlist.errors import DataError
+from shortlist.serving.batching import Batcher, Late, Overloaded
 from shortlist.serving.gate import Gate, add_error_handlers, problem
 from shortlist.serving.metrics import Metrics
 from shortlist.serving.schemas import OneOrMany, Problem, RecommendIn, RecordedOut
@@ -42,12 +46,14 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     """The application for `engine`, which stays the caller's to close."""
     config = config or ServerConfig()
-    metrics = Metrics(engine)
+    batcher = Batcher(lambda questions, left_ms: engine.answer(questions, deadline_ms=left_ms), config)
+    metrics = Metrics(engine, batcher)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = config.num_threads
         yield
+        batcher.close()
 
     app = FastAPIOffline(
         title="Shortlist",
@@ -58,42 +64,44 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     )
     app.add_middleware(Gate, metrics=metrics, max_body_bytes=config.max_body_bytes)
     add_error_handlers(app)
-    _add_recommend(app, engine, metrics)
+    _add_recommend(app, engine, batcher, metrics)
     _add_events(app, engine, metrics, config.max_events)
     _add_state(app, engine, metrics)
     return app
 
 
-def _add_recommend(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
-    answers: dict[int | str, dict[str, Any]] = {200: {"model": Answer}, 422: REFUSALS[422]}
+def _add_recommend(app: FastAPI, engine: Engine, batcher: Batcher, metrics: Metrics) -> None:
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"model": Answer},
+        422: REFUSALS[422],
+        503: {"model": Problem, "description": "More requests wait than can be answered in time."},
+    }
 
-    def answer(ask: Callable[[], Answer]) -> Response:
-        made = ask()
+    async def answer(question: Question) -> Response:
+        began = time.perf_counter()
+        try:
+            made = await batcher.ask(question)
+        except Late as error:
+            made = engine.last_resort(question, str(error))
+        except Overloaded:
+            engine.answered((time.perf_counter() - began) * 1e3, failed=True)
+            raise
+        engine.answered((time.perf_counter() - began) * 1e3, failed=made.chain == LAST_RESORT)
         metrics.page(made)
         return _json(made.to_dict())
 
     @app.get("/v1/recommend/{user:path}", responses=answers, response_model=None, tags=["recommend"])
-    def recommend(
+    async def recommend(
         user: Annotated[str, Path(min_length=1, max_length=MAX_ID_CHARS, description="Any id, known or not.")],
         k: Annotated[int | None, Query(ge=1, description="Items wanted; without it, a page of the surface.")] = None,
     ) -> Response:
         """The page of one user."""
-        return answer(lambda: engine.recommend(user, k))
+        return await answer(Question(user=user, k=k))
 
     @app.post("/v1/recommend", responses={**answers, **REFUSALS}, response_model=None, tags=["recommend"])
-    def recommend_with(body: RecommendIn) -> Response:
-        """A page with a history, context, candidates or rules of the request's own."""
-        return answer(
-            lambda: engine.recommend(
-                body.user,
-                body.k,
-                history=body.past(),
-                context=body.context,
-                candidates=body.candidates,
-                rules=body.rules(),
-                at=body.at,
-            )
-        )
+    async def recommend_with(body: RecommendIn) -> Response:
+        """A page with a history, context, candidates, rules or a budget of the request's own."""
+        return await answer(body.question())
 
 
 def _add_events(app: FastAPI, engine: Engine, metrics: Metrics, max_events: int) -> None:

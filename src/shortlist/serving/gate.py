@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shortlist.errors import ShortlistError
+from shortlist.serving.batching import Overloaded
 from shortlist.serving.metrics import Metrics
 from shortlist.store.events import StoreUnavailable
 
@@ -108,6 +109,12 @@ def add_error_handlers(app: FastAPI) -> None:
     async def _unavailable(_: Request, error: StoreUnavailable) -> Response:
         LOG.error("%s", error)
         return problem(503, f"events can not be kept now, send them again later: {error}")
+
+    @app.exception_handler(Overloaded)
+    async def _overloaded(_: Request, error: Overloaded) -> Response:
+        answer = problem(503, str(error))
+        answer.headers["retry-after"] = "1"
+        return answer
 
     @app.exception_handler(Exception)
     async def _bug(_: Request, error: Exception) -> Response:

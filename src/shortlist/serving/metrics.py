@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from shortlist.cascade.allocation.base import RESOURCES
 from shortlist.cascade.answers import Answer
 from shortlist.cascade.engine import Engine, Recorded
+from shortlist.serving.batching import Batcher
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -17,7 +19,7 @@ SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.
 class Metrics:
     """Counters and histograms of one server."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, batcher: Batcher) -> None:
         self.registry = CollectorRegistry()
         own = self.registry
         self._requests = Counter(
@@ -40,6 +42,7 @@ class Metrics:
             ("part",),
             registry=own,
         )
+        self._chains = Counter("shortlist_chains", "Pages by chain and reason.", ("chain", "reason"), registry=own)
         self._items = Counter("shortlist_items_shown", "Items on pages.", registry=own)
         self._events = Counter(
             "shortlist_events", "Events received, by what became of them.", ("outcome",), registry=own
@@ -47,7 +50,7 @@ class Metrics:
         self._unknown = Counter(
             "shortlist_events_unknown", "Events that name something the snapshot lacks.", ("what",), registry=own
         )
-        self.registry.register(_EngineState(engine))
+        self.registry.register(_ServerState(engine, batcher))
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
         """One request is done."""
@@ -57,6 +60,7 @@ class Metrics:
     def page(self, answer: Answer) -> None:
         """One page was made."""
         self._items.inc(len(answer.items))
+        self._chains.labels(answer.chain, answer.allotted.reason).inc()
         for stage in answer.stages:
             self._stage_seconds.labels(stage.stage).observe(stage.spent_ms / 1e3)
             self._stage_mflop.labels(stage.stage).inc(stage.spent_mflop)
@@ -78,17 +82,34 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class _EngineState(Collector):
-    """What the engine knows itself, read when asked for."""
+class _ServerState(Collector):
+    """What the engine and the batcher know themselves, read when asked for."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, batcher: Batcher) -> None:
+        self._engine, self._batcher = engine, batcher
 
     def collect(self) -> Iterator[Metric]:
         dropped = 0 if self._engine.request_log is None else self._engine.request_log.dropped
         yield CounterMetricFamily(
             "shortlist_request_log_dropped", "Answers that did not get into the request log.", value=dropped
         )
+        yield GaugeMetricFamily(
+            "shortlist_waiting", "Requests for pages that wait for a worker.", value=self._batcher.num_waiting
+        )
+        yield CounterMetricFamily(
+            "shortlist_workers_replaced", "Workers that hung and were replaced.", value=self._batcher.num_replaced
+        )
+        governor = self._engine.live.governor
+        if governor is not None:
+            prices = GaugeMetricFamily(
+                "shortlist_price", "Worth of one unit of a resource at which chains are chosen.", labels=["resource"]
+            )
+            for name, price in zip(RESOURCES, governor.allocator.prices_C.tolist()):
+                prices.add_metric([name], price)
+            yield prices
+            yield GaugeMetricFamily(
+                "shortlist_cap_ms", "Dearest chain that the server affords now; -1 = any.", value=governor.cap_ms or -1
+            )
         yield InfoMetricFamily(
             "shortlist_snapshot", "The snapshot that answers now.", value={"version": self._engine.snapshot_version}
         )

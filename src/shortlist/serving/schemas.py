@@ -17,7 +17,9 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.pasts import PastEvent
+from shortlist.cascade.questions import Question
 from shortlist.cascade.rules import Rules
 from shortlist.store.events import MAX_ID_CHARS, MAX_TIMESTAMP, Event
 
@@ -93,9 +95,27 @@ class RecommendIn(_Body):
     )
     at: Time | None = Field(None, description="Moment to answer for: later events are not read. Without it, now.")
 
-    def rules(self) -> Rules:
-        """As the engine takes them."""
-        return Rules(allow=self.allow, deny=self.deny, seen=self.seen)
+    budget_ms: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="What this request may cost at most, in milliseconds of compute."
+    )
+    budget_mflop: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="What this request may cost at most, in 1e6 FLOPs."
+    )
+    chain: Text | None = Field(None, description="Chain to answer by; without it, the allocator's choice.")
+
+    def question(self) -> Question:
+        """As the engine takes it."""
+        return Question(
+            user=self.user,
+            k=self.k,
+            history=self.past(),
+            context=self.context or {},
+            candidates=self.candidates,
+            rules=Rules(allow=self.allow, deny=self.deny, seen=self.seen),
+            at=self.at,
+            budget=Budget(ms=self.budget_ms, mflop=self.budget_mflop),
+            chain=self.chain,
+        )
 
     def past(self) -> list[str | PastEvent] | None:
         """As the engine takes it."""

@@ -1,0 +1,237 @@
+"""Decides which chain answers each request, and keeps what all of them cost within what the server may spend.
+
+    choose     the allocator's choice at today's prices, under three caps: the request's own budget, the calibrated budget's dearest
+               chain, and what an overloaded server can still afford
+    note       what a request really cost and how long it took
+    tick       once a second or so: the stress cap moves; once a window: the prices move
+
+A governor belongs to one snapshot. Without calibrated costs (`shortlist calibrate RUN`) there is none, and every request gets the
+default chain. B requests, J chains, C resources.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shortlist.cascade.allocation.base import RESOURCES, Allocator, Choice, Float, Spent
+from shortlist.cascade.meter import StageReport
+from shortlist.data.batches import Batch
+
+Reason = Literal["default", "named", "price", "own budget", "overload", "fallback"]
+Features = Callable[[Batch], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allotted:
+    """Which chain a request got, and why."""
+
+    reason: Reason
+    """default: the run has no allocator; named: the request asked for it; price: the best value at the prices; own budget: the
+    request's limit kept it from a dearer one; overload: the server's cap did; fallback: the allocator failed."""
+    value: float | None = None
+    """Worth that the allocator expects of it, in the unit of the calibration; None where it expects nothing in particular."""
+    mflop: float | None = None
+    """Calibrated cost."""
+    ms: float | None = None
+    """Calibrated cost."""
+    price_mflop: float | None = None
+    """Worth of 1e6 FLOPs at which it was chosen."""
+    price_ms: float | None = None
+    """Worth of a millisecond at which it was chosen."""
+    cap_ms: float | None = None
+    """Dearest chain that the server could afford; None = any."""
+    propensity: float = 1.0
+    """Chance with which it was chosen; below 1 where the allocator explores or mixes."""
+
+
+class Decision(NamedTuple):
+    """For B requests."""
+
+    chains: Sequence[str | None]
+    """Names; None = the default chain."""
+    told: Sequence[Allotted]
+    contexts_BF: NDArray[np.float32] | None = None
+    """Features that the allocator looked at; None where it was not asked."""
+    chain_B: NDArray[np.int64] | None = None
+    """Numbers of the chains."""
+
+
+class Prices(Protocol):
+    """Moves an allocator's prices."""
+
+    @property
+    def window_s(self) -> float:
+        """Seconds of a window."""
+
+    def update(self, spent: Spent) -> None:
+        """A window is over."""
+
+
+class Stress(Protocol):
+    """Caps what a chain may cost while the server is overloaded."""
+
+    @property
+    def cap_C(self) -> Float:
+        """[C] dearest chain, infinite where there is no cap."""
+
+    def note(self, latency_ms: float, failed: bool) -> None:
+        """A request got its answer, or none."""
+
+    def tick(self, now: float) -> None:
+        """Move the cap."""
+
+
+class Governor:
+    """Chooses chains; safe to use from many threads.
+
+    Args:
+        allocator: calibrated and aimed.
+        features: float32 [B, F] of a batch, as at calibration.
+        prices: moves the allocator's prices window by window; None = they stay as calibrated.
+        stress: the cap of an overloaded server; None = none.
+        clock: seconds.
+        seed: of the draws of allocators that explore.
+    """
+
+    def __init__(
+        self,
+        allocator: Allocator,
+        features: Features,
+        *,
+        prices: Prices | None = None,
+        stress: Stress | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        seed: int | None = None,
+    ) -> None:
+        self.allocator, self.features, self.prices, self.stress = allocator, features, prices, stress
+        self._clock, self._rng = clock, np.random.default_rng(seed)
+        self._lock = threading.Lock()
+        self._window = _Window(began=clock())
+
+    def choose(self, batch: Batch, most_BC: Float | None = None) -> Decision:
+        """A chain for each of B requests.
+
+        Args:
+            batch: the requests, before any stage acts.
+            most_BC: what each may cost at most by a budget of its own, infinite where it has none.
+        """
+        chains = self.allocator.chains
+        contexts_BF = self.features(batch)
+        cap_C = np.full(len(RESOURCES), np.inf) if self.stress is None else self.stress.cap_C
+        with self._lock:  # one generator for all threads
+            choice, own_B = self._chosen(contexts_BF, cap_C, most_BC)
+        names = [chains.names[number] for number in choice.chain_R.tolist()]
+        costs_BC = chains.costs_JC[choice.chain_R]
+        cap_ms = float(cap_C[1]) if np.isfinite(cap_C[1]) else None
+        told = [
+            Allotted(
+                reason="own budget" if own else "overload" if capped else "price",
+                value=None if np.isnan(value) else value,
+                mflop=mflop,
+                ms=ms,
+                price_mflop=float(choice.prices_C[0]),
+                price_ms=float(choice.prices_C[1]),
+                cap_ms=cap_ms,
+                propensity=chance,
+            )
+            for own, capped, value, (mflop, ms), chance in zip(
+                own_B.tolist(),
+                choice.capped_R.tolist(),
+                choice.value_R.tolist(),
+                costs_BC.tolist(),
+                choice.propensity_R.tolist(),
+            )
+        ]
+        return Decision(names, told, contexts_BF, choice.chain_R)
+
+    def _chosen(
+        self, contexts_BF: NDArray[np.float32], cap_C: Float, most_BC: Float | None
+    ) -> tuple[Choice, NDArray[np.bool_]]:
+        """The allocator's choice, and bool [B] whether a request's own budget kept it from a dearer chain."""
+        shared = self.allocator.choose(contexts_BF, most_C=cap_C, rng=self._rng)
+        own_B = np.zeros(len(contexts_BF), dtype=bool)
+        if most_BC is None:
+            return shared, own_B
+        chosen_BC = self.allocator.chains.costs_JC[shared.chain_R]
+        chain_R, value_R = shared.chain_R.copy(), shared.value_R.copy()
+        capped_R, propensity_R = shared.capped_R.copy(), shared.propensity_R.copy()
+        for place in np.flatnonzero((chosen_BC > most_BC).any(1)).tolist():  # few requests bring a budget of their own
+            most_C = np.minimum(most_BC[place], cap_C)
+            one = self.allocator.choose(contexts_BF[place : place + 1], most_C=most_C, rng=self._rng)
+            chain_R[place], value_R[place] = one.chain_R[0], one.value_R[0]
+            capped_R[place], propensity_R[place] = one.capped_R[0], one.propensity_R[0]
+            own_B[place] = True
+        choice = Choice(
+            chain_R=chain_R, value_R=value_R, capped_R=capped_R, propensity_R=propensity_R, prices_C=shared.prices_C
+        )
+        return choice, own_B
+
+    def note(self, decision: Decision, reports: Sequence[Sequence[StageReport]]) -> None:
+        """What B requests cost.
+
+        Args:
+            decision: of `choose`.
+            reports: per request, per stage.
+        """
+        if decision.chain_B is None or decision.contexts_BF is None:
+            return
+        spent_C = np.array(
+            [sum(getattr(stage, f"spent_{name}") for request in reports for stage in request) for name in RESOURCES]
+        )
+        with self._lock:
+            self._window.add(decision.contexts_BF, decision.chain_B, spent_C)
+
+    def answered(self, latency_ms: float, *, failed: bool = False) -> None:
+        """A request got its answer, or none, so long after it came in; for the stress cap."""
+        if self.stress is not None:
+            self.stress.note(latency_ms, failed)
+
+    def tick(self) -> None:
+        """Move the stress cap; at the end of a window move the prices too."""
+        now = self._clock()
+        if self.stress is not None:
+            self.stress.tick(now)
+        if self.prices is None or now - self._window.began < self.prices.window_s:
+            return
+        with self._lock:
+            window, self._window = self._window, _Window(began=now)
+            self.prices.update(window.spent(now))
+
+    @property
+    def cap_ms(self) -> float | None:
+        """Dearest chain that the server affords now; None = any."""
+        cap_ms = np.inf if self.stress is None else float(self.stress.cap_C[1])
+        return cap_ms if np.isfinite(cap_ms) else None
+
+
+class _Window:
+    """What the requests since `began` were and cost."""
+
+    def __init__(self, *, began: float) -> None:
+        self.began = began
+        self._contexts: list[NDArray[np.float32]] = []
+        self._chains: list[NDArray[np.int64]] = []
+        self._spent_C = np.zeros(len(RESOURCES))
+
+    def add(self, contexts_BF: NDArray[np.float32], chain_B: NDArray[np.int64], spent_C: Float) -> None:
+        """Some requests."""
+        self._spent_C += spent_C
+        self._contexts.append(contexts_BF)
+        self._chains.append(chain_B)
+
+    def spent(self, now: float) -> Spent:
+        """The window as it ends."""
+        none = np.zeros(0, dtype=np.int64)
+        return Spent(
+            contexts_RF=np.concatenate(self._contexts) if self._contexts else np.zeros((0, 0), dtype=np.float32),
+            chain_R=np.concatenate([none, *self._chains]),
+            spent_C=self._spent_C,
+            seconds=now - self.began,
+        )
