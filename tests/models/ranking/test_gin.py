@@ -1,4 +1,4 @@
-"""GIN: a hop by hand and by recursion, DIN without a graph, own clicks out of the training graph, kept intentions, planted groups, costs."""
+"""GIN: a hop by hand and by recursion, DIN without a graph, own clicks out of the training graph, kept intentions, groups, costs."""
 
 from dataclasses import replace
 
@@ -121,7 +121,7 @@ def test_each_item_is_computed_once_however_often_it_is_met():
     assert len(rows) == len(rows.unique()) <= 12
 
 
-# -- traps ----------------------------------------------------------------------------------------------------------------------------------
+# -- traps -------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_training_request_does_not_read_its_own_clicks():
@@ -214,7 +214,7 @@ def test_empty_pasts_and_candidates():
     assert torch.isfinite(fresh.score(rich_batch(PAST, OFFERED))["target"]).all()
 
 
-# -- learning -------------------------------------------------------------------------------------------------------------------------------
+# -- learning ----------------------------------------------------------------------------------------------------------------------------
 
 GROUPS, PER_GROUP = 20, 8
 
@@ -255,7 +255,7 @@ def test_the_graph_tells_of_items_that_labels_do_not():
     assert max(right["self-loop"], right["random"]) < 0.65
 
 
-# -- costs and settings ---------------------------------------------------------------------------------------------------------------------
+# -- costs and settings ------------------------------------------------------------------------------------------------------------------
 
 
 def test_stated_costs_are_what_is_computed():

@@ -317,8 +317,9 @@ class PCFGNN(Ranker):
         """Epochs over the edges by Adam; the last epoch's mean loss. Rows of nodes that a step does not read are left as they are."""
         config, edges = self.config, self.edges
         dense = [p for p in network.parameters() if p is not network.nodes.weight]
-        optimisers = [torch.optim.SparseAdam([network.nodes.weight], lr=config.lr)]
-        optimisers += [torch.optim.Adam(dense, lr=config.lr)]  # type: ignore[list-item]
+        optimisers: list[torch.optim.Optimizer] = [torch.optim.SparseAdam([network.nodes.weight], lr=config.lr)]
+        if dense:  # an inner product without a graph has none
+            optimisers.append(torch.optim.Adam(dense, lr=config.lr))
         weight_E = edge_weights(edges.events, config.weight)
         total = edges.events.new_zeros(())
         for _ in range(config.epochs):
