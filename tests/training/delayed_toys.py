@@ -35,7 +35,7 @@ class Planted:
 
 
 def planted(num_clicks: int = 6_000, *, days: int = 20, seed: int = 0) -> Planted:
-    """Clicks with two numbers, a category and an item, whose chance to convert drifts; a third converts within the hour, others take days."""
+    """Clicks with two numbers, a category and an item, whose chance to convert drifts; some convert within the hour, others take days."""
     rng = np.random.default_rng(seed)
     clicked = np.sort(rng.integers(0, days * DAY, num_clicks))
     x, kind, item = (

@@ -1,4 +1,4 @@
-"""Oracle: every click at once with the label that it will have when its attribution window closes.
+"""The oracle of labels: every click at once with the label that it will have when its attribution window closes.
 
 It can not be had outside an experiment, and is what the others are measured against.
 """
@@ -14,15 +14,15 @@ from shortlist.training.feedback.base import FeedbackRule, Seen, Stream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OracleConfig:
-    """Oracle has no settings."""
+class LabelOracleConfig:
+    """The oracle has no settings."""
 
 
-@system("oracle", stage="training", paper="baseline")
-class Oracle(FeedbackRule):
+@system("label-oracle", stage="training", paper="baseline")
+class LabelOracle(FeedbackRule):
     """Final labels at the time of the click: the bound of what can be learned."""
 
-    Config = OracleConfig
+    Config = LabelOracleConfig
     realisable = False
 
     @property
