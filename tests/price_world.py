@@ -39,7 +39,6 @@ class Buyer(Allocator):
 
     def __init__(self, made_of: ChainSet | None = None) -> None:
         super().__init__(NoSettings(), chains() if made_of is None else made_of, 2)
-        self.windows = []
 
     def worth_RJ(self, contexts_RF: np.ndarray) -> np.ndarray:
         value_R, depth_R = np.exp(contexts_RF.astype(np.float64)).T
@@ -76,9 +75,6 @@ class Buyer(Allocator):
             propensity_R=np.ones(len(chain_R)),
             prices_C=self.prices_C,
         )
-
-    def observe(self, spent):
-        self.windows.append(spent)
 
 
 @dataclass(frozen=True)

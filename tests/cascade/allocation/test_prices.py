@@ -192,18 +192,18 @@ class TestWindows:
         assert window.count == 0
         assert control.tick(61.0) is None
 
-    def test_the_allocator_sees_the_window(self):
-        allocator = Buyer()
-        control = controlled(allocator)
-        contexts_RF = requests(np.random.default_rng(0), 3)
-        control.note(contexts_RF[:1], np.array([2]), np.array([1.0, 2.0]))
-        control.note(contexts_RF[1:], np.array([0, 4]), np.array([3.0, 4.0]))
-        control.close(60)
-        (spent,) = allocator.windows
-        np.testing.assert_array_equal(spent.contexts_RF, contexts_RF)
-        assert spent.chain_R.tolist() == [2, 0, 4]
-        assert spent.spent_C.tolist() == [4, 6]
-        assert spent.seconds == 60
+    def test_prices_are_found_on_the_newest_requests(self):
+        """The last window's, where it had as many; with parts that come one by one, too."""
+        control = controlled(Buyer(), num_rows=50)
+        contexts_RF = requests(np.random.default_rng(0), 160)
+        for row in contexts_RF[:120]:
+            control.note(row[None], np.zeros(1, np.int64), np.ones(2))
+        control.note(contexts_RF[120:], np.zeros(40, np.int64), np.ones(2))
+        window = control.close(60)
+        np.testing.assert_array_equal(control.state()["rows"], contexts_RF[-50:])
+        reference = Buyer()
+        reference.aim(window.next_budget, contexts_RF[-50:])
+        np.testing.assert_array_equal(window.prices_C, reference.prices_C)
 
     def test_silence_is_survived(self):
         control = controlled(Buyer())
@@ -272,6 +272,9 @@ class TestRefusals:
                 control.load_state({n: a for n, a in before.items() if n != name})
         with pytest.raises(DataError, match="features each"):
             control.load_state({**before, "rows": np.zeros((3, 5))})
+        for name, value in (("debt", np.nan), ("costs", 0.0)):
+            with pytest.raises(DataError, match=name):
+                control.load_state({**before, name: np.full_like(before[name], value)})
         for name, array in control.state().items():
             np.testing.assert_array_equal(array, before[name])
 

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from shortlist.cascade.allocation.base import RESOURCES, Allocator, Budget, Float, Int, Spent
+from shortlist.cascade.allocation.base import RESOURCES, Allocator, Budget, Float, Int
 from shortlist.cascade.allocation.forecast import Forecaster
 from shortlist.errors import ConfigError, DataError
 
@@ -104,24 +104,21 @@ class Window:
 class _Running:
     """The window that runs."""
 
-    noted: list[tuple[NDArray[np.float32], Int]] = field(default_factory=list)
-    """Contexts and chains of what was answered."""
+    rows: list[NDArray[np.float32]] = field(default_factory=list)
+    """Contexts of what was answered, oldest first."""
     count: int = 0
+    said_C: Float = field(default_factory=lambda: np.zeros(len(RESOURCES)))
+    """What its chains cost by calibration."""
     spent_C: Float = field(default_factory=lambda: np.zeros(len(RESOURCES)))
     stopped: bool = False
-
-    def add(self, contexts_RF: NDArray[np.float32], chain_R: Int, spent_C: Float) -> None:
-        """Requests that were answered."""
-        self.noted.append((contexts_RF, chain_R))
-        self.count += len(chain_R)
-        self.spent_C = self.spent_C + spent_C
 
 
 class PriceControl:
     """Keeps an allocator within a capacity per second; may be shared between threads.
 
     The allocator is changed by `start`, `tick`, `close` and `load_state` alone, which take their time: call them near-line. A request
-    that is decided at the same moment gets the old prices or the new ones.
+    that is decided at the same moment gets the old prices or the new ones. `aim` has the last word on prices, so an allocator's own
+    `observe`, which blends them, is not called.
 
     Args:
         allocator: its `aim` sets prices.
@@ -192,7 +189,13 @@ class PriceControl:
                 f"costs must be {len(RESOURCES)} numbers of 0 or above ({', '.join(RESOURCES)}), got {spent_C}"
             )
         with self._lock:
-            self._running.add(contexts_RF, chain_R, spent_C)
+            running = self._running
+            running.rows.append(contexts_RF)
+            if len(running.rows) > self.config.num_rows:  # no more parts than rows are looked at
+                running.rows = [np.concatenate(running.rows)[-self.config.num_rows :]]
+            running.count += len(chain_R)
+            running.said_C = running.said_C + self.allocator.chains.costs_JC[chain_R].sum(0)
+            running.spent_C = running.spent_C + spent_C
 
     def most_C(self, now: float) -> Float | None:
         """For `Allocator.choose`: 0 for a resource whose allowance this window has used up, infinite for others; None where all have some.
@@ -229,9 +232,7 @@ class PriceControl:
                 self._owe(ended.spent_C, seconds)
                 self._opened, self._running = now, _Running()
             self.forecaster.observe(ended.count, seconds)
-            if ended.noted:
-                contexts_RF, chain_R = (np.concatenate(parts) for parts in zip(*ended.noted))
-                self._learn(Spent(contexts_RF=contexts_RF, chain_R=chain_R, spent_C=ended.spent_C, seconds=seconds))
+            self._learn(ended)
             budget = self._aim()
             return Window(
                 count=ended.count,
@@ -261,10 +262,14 @@ class PriceControl:
             "costs": self._costs_2C.shape,
         }
         for name, shape in shapes.items():
-            if name not in state or state[name].shape != shape:
-                raise DataError(f"the state of the prices has no {name!r} of shape {shape}; start without it")
+            if name not in state or state[name].shape != shape or not np.isfinite(state[name]).all():
+                raise DataError(
+                    f"the state of the prices has no {name!r} of shape {shape} in numbers; start without it"
+                )
         if "rows" not in state or state["rows"].ndim != 2:
             raise DataError("the state of the prices has no table 'rows'; start without it")
+        if not (state["costs"] > 0).all():
+            raise DataError("the state of the prices has costs that are not above 0; start without it")
         self._check(state["rows"], len(state["rows"]))
         head = "forecaster."
         with self._turning:
@@ -279,14 +284,12 @@ class PriceControl:
                 f"{count} requests need contexts of {self.allocator.num_features} features each, got {contexts_RF.shape}"
             )
 
-    def _learn(self, spent: Spent) -> None:
-        """What chains cost, and who asks; the allocator may learn too."""
-        calibrated_C = self.allocator.chains.costs_JC[spent.chain_R].sum(0)
-        known_C = self._limited_C & (calibrated_C > 0) & (spent.spent_C > 0)
-        mixed_2C = (1 - self.config.rho) * self._costs_2C + self.config.rho * np.stack([spent.spent_C, calibrated_C])
+    def _learn(self, ended: _Running) -> None:
+        """What chains cost, and who asks."""
+        known_C = self._limited_C & (ended.said_C > 0) & (ended.spent_C > 0)
+        mixed_2C = (1 - self.config.rho) * self._costs_2C + self.config.rho * np.stack([ended.spent_C, ended.said_C])
         self._costs_2C = np.where(known_C, mixed_2C, self._costs_2C)
-        self._rows_RF = np.concatenate([self._rows_RF, spent.contexts_RF])[-self.config.num_rows :]
-        self.allocator.observe(spent)
+        self._rows_RF = np.concatenate([self._rows_RF, *ended.rows])[-self.config.num_rows :]
 
     def _owe(self, spent_C: Float, seconds: float) -> None:
         """The debt after a window; see the head of this file."""
