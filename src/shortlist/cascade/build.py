@@ -63,6 +63,7 @@ from shortlist.metrics import ranking
 from shortlist.models.base import Phase, Ranker, System, VectorRetriever
 from shortlist.store.snapshot import check_writable
 from shortlist.training.context import chosen_device, deterministic
+from shortlist.training.session_parallel import SessionParallelSource
 from shortlist.training.sources import BatchSource, NextEventSource, TargetSource
 from shortlist.training.trainer import FREE_SETTINGS, fit
 
@@ -305,6 +306,8 @@ class _Builder:
             return NextEventSource(
                 self.view, batch_size=trainer.batch_size, max_history=system.max_history, seed=trainer.seed
             )
+        if phase.feed == "sessions":
+            return SessionParallelSource(self.view, batch_size=trainer.batch_size, gap_hours=phase.gap_hours)
         if phase.feed == "targets":
             return TargetSource(
                 self.view,

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from shortlist.data.ingested import Ingested, Log
+from shortlist.data.ingested import Ingested, Log, is_simulated
 from shortlist.data.leaks import Leak, find_leaks
 from shortlist.data.log import EventLog
 from shortlist.data.splits import DataConfig
@@ -156,7 +156,10 @@ def check(log: Log) -> Health:
         can_order=log.has_time,
         has_clock=log.has_clock,
         quarantined=dict(log.quarantined.counts),
-        notes=log.notes,
+        notes=(
+            *log.notes,
+            *(["simulated: a world with known truth drew this log, not people."] if is_simulated(log) else []),
+        ),
     )
 
 

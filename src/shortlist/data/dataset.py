@@ -38,7 +38,7 @@ from shortlist.data.fields import field_table, first_rows, stacked
 from shortlist.data.histories import Histories, Int, Requests, View
 from shortlist.data.impressions import Impressions, logged_impressions
 from shortlist.data.infer import CANONICAL, infer_schema
-from shortlist.data.ingested import Ingested, Log
+from shortlist.data.ingested import Ingested, Log, is_simulated
 from shortlist.data.jagged import Jagged
 from shortlist.data.log import EventLog, dense_codes, k_core
 from shortlist.data.schema import Categorical, Column, Field, FieldTable, Space
@@ -64,6 +64,7 @@ from shortlist.errors import DataError, SnapshotError
 
 _TIME_FIELDS = (Categorical(name="hour", size=HOURS), Categorical(name="weekday", size=WEEKDAYS))
 _PARTS = ("fit", "valid", "test")
+_SIMULATED_NOTE = "Simulated: a world with known truth drew this log, not people. "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -348,7 +349,9 @@ def build_dataset(log: Log, config: DataConfig | None = None) -> Dataset:
     split = split_requests(
         histories, plan, used, is_target=_targets(events, config), repeats=repeats, context=event_context
     )
-    split = replace(split, note=_note(split.note, config, used, rule))
+    split = replace(
+        split, note=f"{_SIMULATED_NOTE if is_simulated(log) else ''}{_note(split.note, config, used, rule)}"
+    )
     space = Space(
         items=field_table(schema.of("item"), item_frame),
         known_items=torch.from_numpy(known_items),

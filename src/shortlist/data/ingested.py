@@ -19,7 +19,7 @@ import polars as pl
 
 from shortlist.data.encode import EncodedEvents
 from shortlist.data.histories import Histories, Int
-from shortlist.data.log import INGESTED, EventLog, Quarantine, k_core, read
+from shortlist.data.log import INGESTED, SIMULATED, EventLog, Quarantine, k_core, read
 from shortlist.data.roles import SINGLE_ROLES, Roles, flag
 from shortlist.data.vocabulary import Vocabulary
 from shortlist.errors import DataError, SnapshotError
@@ -187,6 +187,14 @@ def _ranks(ids: Vocabulary) -> Int:
 
 Log = EventLog | Ingested
 """What data sets are built from."""
+
+
+def is_simulated(log: Log) -> bool:
+    """Whether rows of the log came from a simulated world: its column `source` says so."""
+    if "source" not in log.events.columns:
+        return False
+    source = log.events["source"]
+    return source.dtype == pl.String and bool((source == SIMULATED).any())
 
 
 def open_log(

@@ -33,6 +33,8 @@ INGESTED = "ingest.json"
 _NUMBERS = ("position", "value", "bid", "propensity")
 RESERVED = ("user_id", "item_id", "timestamp", "action", "group_id", *_CANONICAL.values())
 """Names that columns of the events have by their role; a source column of such a name is called `source_NAME`."""
+SIMULATED = "simulated"
+"""What the column `source` of the events says of rows that a world of `shortlist.simulation` drew."""
 _SAMPLE_ROWS = 2000
 
 

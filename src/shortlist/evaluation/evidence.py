@@ -37,6 +37,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from shortlist.errors import ConfigError, DataError
+from shortlist.machine import cpu_name
 from shortlist.metrics import Interval
 from shortlist.metrics.intervals import seed_interval
 from shortlist.training.checkpoint import write_atomically
@@ -348,7 +349,7 @@ def surroundings() -> dict[str, Any]:
     return {
         "hardware": {
             "device": device,
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         },
@@ -479,13 +480,3 @@ def _commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return run.stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

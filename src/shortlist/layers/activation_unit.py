@@ -6,10 +6,13 @@ width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from shortlist.data.jagged import Jagged
 from shortlist.layers.towers import MLP, Activation
 
 
@@ -47,3 +50,27 @@ class ActivationUnit(nn.Module):
         # Batch statistics (Dice) are over the pairs there are, not over padding.
         output_p = rest(hidden_BLCP[is_pair_BLC]).squeeze(1)
         return output_p.new_zeros(is_pair_BLC.shape).masked_scatter(is_pair_BLC, output_p)
+
+
+def mixed_past(
+    weigh: Callable[[Tensor, Tensor, Tensor], Tensor],
+    items: Jagged,
+    past_BLD: Tensor,
+    is_real_BL: Tensor,
+    pairs_at_once: int | None,
+) -> Tensor:
+    """The past as each candidate sees it: sums of past vectors by weights, float32 [t, D].
+
+    Args:
+        weigh: gives weights [B, L, C], 0 where the mask is False, for candidates [B, C, D], the past and the mask [B, L, C] of real pairs.
+        items: vectors [t, D] of the candidates.
+        pairs_at_once: candidates are taken in slices, so that B x C x L is no more than this at a time (with at least one candidate of
+            every request); None = all at once.
+    """
+    item_BCD, is_item_BC = items.padded()
+    step = item_BCD.shape[1] if pairs_at_once is None else max(pairs_at_once // max(is_real_BL.numel(), 1), 1)
+    mixed = []
+    for slice_BCD, is_slice_BC in zip(item_BCD.split(step, dim=1), is_item_BC.split(step, dim=1)):
+        weight_BLC = weigh(slice_BCD, past_BLD, is_real_BL[:, :, None] & is_slice_BC[:, None, :])
+        mixed.append(weight_BLC.transpose(1, 2) @ past_BLD)
+    return torch.cat(mixed, dim=1)[is_item_BC]

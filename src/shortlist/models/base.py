@@ -21,7 +21,7 @@ from shortlist.data.schema import Space
 
 Losses = dict[str, Tensor]
 Scores = dict[str, Tensor]
-Feed = Literal["next_event", "targets", "candidates"]
+Feed = Literal["next_event", "sessions", "targets", "candidates"]
 Memory = Mapping[str, Tensor]
 """What a system keeps of one user between two requests: tensors by name, of that user alone."""
 RETRIEVAL_TASK = "score"
@@ -69,9 +69,12 @@ class Phase:
 
     name: str
     feed: Feed
-    """next_event: one sequence per user, all positions; targets: a past request with what was chosen as candidates;
-    candidates: a past request with what the earlier stages let through, labelled."""
+    """next_event: one sequence per user, all positions; sessions: one group of events per lane, sessions one after another
+    (training/session_parallel.py); targets: a past request with what was chosen as candidates; candidates: a past request with what the
+    earlier stages let through, labelled."""
     losses: Callable[[Batch], Losses]
+    gap_hours: float | None = None
+    """Of `sessions`: a longer gap between two groups ends one; None = a user is one session."""
     parameters: Callable[[], Iterable[nn.Parameter]] | None = None
     """What this phase trains; None = everything that requires a gradient."""
     before: Callable[[View], None] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -36,5 +36,5 @@ def chosen(name: str, settings: Mapping[str, Any], contract: type[R], what: str)
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(f"{what} {name}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
-    rule: R = entry.cls(made)
-    return rule
+    make: Callable[[Any], R] = entry.cls
+    return make(made)

@@ -194,7 +194,7 @@ class _Run:
         self.device = chosen_device(config.device)
         self.system.to(self.device)
         self.phases = system.phases()
-        self.settings = _settings(system, config, self.phases)
+        self.settings = run_settings(system, config, self.phases)
         self.place = _Place()
         self.best: Tensors | None = None
         self.rule = make_rule(config.gradients)
@@ -522,7 +522,7 @@ class _Run:
         checkpoint = load_checkpoint(self.folder) if self.folder is not None else None
         if checkpoint is None:
             return False
-        _check_same(self.settings, checkpoint.settings, self.folder)
+        check_same(self.settings, checkpoint.settings, self.folder)
         try:
             load_weights(self.system, checkpoint.weights)
         except (ValueError, RuntimeError) as error:
@@ -565,7 +565,7 @@ def _weights(system: System) -> Tensors:
     return {name: tensor.detach().clone() for name, tensor in system.state_dict().items()}
 
 
-def _settings(system: System, config: TrainerConfig, phases: Iterable[Phase]) -> dict[str, Any]:
+def run_settings(system: System, config: TrainerConfig, phases: Iterable[Phase]) -> dict[str, Any]:
     """What must be the same when a run is resumed, as plain JSON."""
     own = asdict(system.config) if is_dataclass(system.config) and not isinstance(system.config, type) else {}
     trainer = {name: value for name, value in config.deciding().items() if name not in FREE_SETTINGS}
@@ -577,7 +577,8 @@ def _settings(system: System, config: TrainerConfig, phases: Iterable[Phase]) ->
     }
 
 
-def _check_same(now: dict[str, Any], then: dict[str, Any], folder: Path | None) -> None:
+def check_same(now: dict[str, Any], then: dict[str, Any], folder: Path | None) -> None:
+    """SnapshotError for the first setting that is not what it was when the checkpoint in `folder` was written."""
     for name in sorted(now.keys() | then.keys()):
         if now.get(name) != then.get(name):
             raise SnapshotError(

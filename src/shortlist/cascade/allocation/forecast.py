@@ -17,7 +17,8 @@ import numpy as np
 
 from shortlist.cascade.allocation.base import Float, NoSettings
 from shortlist.errors import ConfigError, DataError
-from shortlist.registry import find, system
+from shortlist.registry import system
+from shortlist.training.choice import chosen
 
 DAY = 86_400.0
 LEAST_SHAPE = 0.02
@@ -58,12 +59,8 @@ class Forecaster(ABC):
 
 
 def make_forecaster(name: str, settings: Mapping[str, Any] | None = None) -> Forecaster:
-    """The forecaster of that name; ConfigError where there is none, or it does not have one of the settings."""
-    entry = find(name)
-    if not issubclass(entry.cls, Forecaster):
-        raise ConfigError(f"{name!r} is a {entry.kind}, not a forecaster; `shortlist systems` lists them")
-    made: Forecaster = entry.cls(entry.config(settings))
-    return made
+    """The forecaster of that name; ConfigError where there is none, or it does not have or refuses one of the settings."""
+    return chosen(name, settings or {}, Forecaster, "forecaster")  # type: ignore[type-abstract]
 
 
 @system("last", stage="allocation", paper="baseline")

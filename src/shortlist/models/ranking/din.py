@@ -36,6 +36,7 @@ from shortlist.data.schema import Space
 from shortlist.embeddings.base import TableChoice
 from shortlist.errors import ConfigError
 from shortlist.layers.activation_unit import ActivationUnit as ActivationUnit
+from shortlist.layers.activation_unit import mixed_past
 from shortlist.layers.adaptive import APGConfig
 from shortlist.layers.fields import ItemEncoder
 from shortlist.layers.gates import GateConfig
@@ -210,19 +211,13 @@ class DIN(Ranker):
         Scoring takes the candidates in slices of C, so that B x C x L is no more than `pairs_at_once` at a time (with at
         least one candidate of every request).
         """
-        item_BCD, is_item_BC = items.padded()
-        step = self.config.pairs_at_once // max(state.is_real_BL.numel(), 1)
-        step = item_BCD.shape[1] if self.training else max(step, 1)
-        slices = zip(item_BCD.split(step, dim=1), is_item_BC.split(step, dim=1))
-        return torch.cat([self._interest(state, *each) for each in slices], dim=1)[is_item_BC]
+        pairs = None if self.training else self.config.pairs_at_once
+        return mixed_past(self._weigh, items, state.past_BLD, state.is_real_BL, pairs)
 
-    def _interest(self, state: DINState, item_BCD: Tensor, is_item_BC: Tensor) -> Tensor:
-        is_pair_BLC = state.is_real_BL[:, :, None] & is_item_BC[:, None, :]
+    def _weigh(self, item_BCD: Tensor, past_BLD: Tensor, is_pair_BLC: Tensor) -> Tensor:
         if self.config.weights == "uniform":
-            output_BLC = state.past_BLD.new_zeros(is_pair_BLC.shape)
-        else:
-            output_BLC = self.unit(item_BCD, state.past_BLD, is_pair_BLC)
-        return self._weights(output_BLC, is_pair_BLC).transpose(1, 2) @ state.past_BLD
+            return self._weights(past_BLD.new_zeros(is_pair_BLC.shape), is_pair_BLC)
+        return self._weights(self.unit(item_BCD, past_BLD, is_pair_BLC), is_pair_BLC)
 
     def _weights(self, output_BLC: Tensor, is_pair_BLC: Tensor) -> Tensor:
         """Weights [B, L, C] of the events for each candidate; 0 where the mask is False."""

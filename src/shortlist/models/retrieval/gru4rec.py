@@ -8,9 +8,10 @@ B users or lanes, total = all events of the batch end to end, P supervised posit
     `num_negatives` extra items drawn with a chance proportional to count ** popularity_alpha          losses.py, next_item.py
 
 Two ways to train, on the same weights:
-- next-event batches, one sequence per user: the gradient reaches back over the whole sequence. The default;
-- session-parallel batches (training/session_parallel.py), as published: one event per lane and step, no gradient into earlier steps; the
-  lanes' states are kept here between steps and start from zeros with each new session.
+- batches = "users": next-event batches, one sequence per user: the gradient reaches back over the whole sequence. The default;
+- batches = "sessions": session-parallel ones (training/session_parallel.py), as published; the trainer's batch_size is the number of
+  lanes: one event per lane and step, no gradient into earlier steps; the lanes' states are kept here between steps and start from zeros
+  with each new session.
 
 The state of one request is all that the next one needs: with `recall` a user's further event costs one step of the network.
 
@@ -45,7 +46,7 @@ from shortlist.layers.item_sequences import (
 )
 from shortlist.layers.next_item import NextItemLoss
 from shortlist.layers.output_bias import BiasedItems, OutputBias
-from shortlist.models.base import Cost, Losses, Memory, RequestShape, VectorRetriever
+from shortlist.models.base import Cost, Losses, Memory, Phase, RequestShape, VectorRetriever
 from shortlist.registry import system
 
 
@@ -68,6 +69,8 @@ class GRU4RecConfig(SequenceConfig):
     """shared: an item's input and output vector are one; separate: two tables, which the authors find worse."""
     session_hours: float | None = None
     """A gap of more than so many hours ends a session, and what was before is not read; None = a user's history is one session."""
+    batches: Literal["users", "sessions"] = "users"
+    """What a step of training reads: users' whole sequences, or one event of each of `batch_size` sessions side by side, as published."""
     output_bias: bool = True
     """One learned number per item beside the inner product. Cosine scores (normalise) exclude it."""
 
@@ -83,6 +86,8 @@ class GRU4RecConfig(SequenceConfig):
         )
         if self.normalise and self.output_bias:
             raise ConfigError("gru4rec: cosine scores have no room for an output bias; set output_bias = false")
+        if self.batches not in ("users", "sessions"):
+            raise ConfigError(f'gru4rec: batches must be "users" or "sessions", got {self.batches!r}')
         if self.session_hours is not None and self.session_hours <= 0:
             raise ConfigError(f"gru4rec: session_hours must be above 0 or absent, got {self.session_hours}")
 
@@ -143,6 +148,12 @@ class GRU4Rec(VectorRetriever):
         self.objective.prepare(view)
         if self.bias is not None:
             self.bias.prepare(view, has_fields=bool(self.items.num_fields))
+
+    def phases(self) -> tuple[Phase, ...]:
+        """One, fed as `config.batches` says."""
+        if self.config.batches == "users":
+            return super().phases()
+        return (Phase(name="train", feed="sessions", losses=self.losses, gap_hours=self.config.session_hours),)
 
     def losses(self, batch: Batch) -> Losses:
         """{"next": loss} of a next-event or session-parallel batch; 0 where no position is supervised."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -51,14 +51,14 @@ class Seen:
     auxiliary: Mapping[str, Tensor] = field(default_factory=dict)
     """float32 [n] chances by name, from the rule's frozen auxiliary network."""
 
-    def select(self, mask: Tensor) -> Seen:
-        """The samples where `mask` bool [n] holds."""
+    def select(self, which: Tensor) -> Seen:
+        """The samples where a mask bool [n] holds, or those with the numbers int64 [m]."""
         return Seen(
-            label=self.label[mask],
-            kind=self.kind[mask],
-            elapsed=self.elapsed[mask],
-            delay=self.delay[mask],
-            auxiliary={name: chance[mask] for name, chance in self.auxiliary.items()},
+            label=self.label[which],
+            kind=self.kind[which],
+            elapsed=self.elapsed[which],
+            delay=self.delay[which],
+            auxiliary={name: chance[which] for name, chance in self.auxiliary.items()},
         )
 
 
@@ -142,7 +142,3 @@ class Delayed:
         logit_nH = torch.stack([scores[task] for task in self.tasks], 1)[asked]
         rule = self.rule.first_losses if self.first else self.rule.losses
         return weighted_mean(rule(logit_nH, self.seen.select(asked)), None if weight is None else weight[asked])
-
-    def with_seen(self, **columns: Any) -> Delayed:
-        """The same with other columns of what is seen."""
-        return replace(self, seen=replace(self.seen, **columns))
