@@ -25,7 +25,7 @@ class Answers:
         self.left.append(left_ms)
         self.gate.wait(5)
         time.sleep(self.takes_s)
-        if "fault" in self.batches[-1]:
+        if any(question.user == "fault" for question in questions):
             raise RuntimeError("a fault")
         return [DataError("no such thing") if q.user == "refused" else q.user for q in questions]
 
@@ -93,7 +93,7 @@ def test_a_free_worker_waits_for_no_company_unless_told_to(batcher_of):
 
 def test_refusals_and_faults_reach_only_those_they_concern(batcher_of):
     answers = Answers()
-    batcher = batcher_of(answers, max_batch=1)
+    batcher = batcher_of(answers)
     refused, fine, fault, after = ask_all(batcher, ["refused", "fine", "fault", "after"])
     assert isinstance(refused, DataError)
     assert str(refused) == "no such thing"
