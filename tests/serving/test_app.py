@@ -63,6 +63,7 @@ def test_a_page_carries_what_is_promised(client, engine):
         "num_history",
         "at",
         "spent_ms",
+        "allotted",
     }
     assert set(page["items"][0]) == {"item_id", "score", "title", "scores"}
     assert page["items"][0]["title"] == f"Item number {page['items'][0]['item_id'] - FIRST_ITEM}"
@@ -304,7 +305,7 @@ def test_a_body_must_be_declared_as_json(reader, path, kind):
 
 def test_a_fault_of_the_server_is_a_sentence_without_a_traceback(run):
     engine = Engine.load(run)
-    object.__setattr__(engine, "recommend", raising)
+    object.__setattr__(engine, "answer", raising)
     with TestClient(create_app(engine), raise_server_exceptions=False) as client:
         response = client.get("/v1/recommend/u")
     assert response.status_code == 500

@@ -20,7 +20,8 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shortlist.cascade.allocation.base import RESOURCES, Allocator, Choice, Float, Spent
+from shortlist.cascade.allocation.base import RESOURCES, Allocator, Choice, Float
+from shortlist.cascade.allocation.prices import PriceControl
 from shortlist.cascade.meter import StageReport
 from shortlist.data.batches import Batch
 
@@ -63,17 +64,6 @@ class Decision(NamedTuple):
     """Numbers of the chains."""
 
 
-class Prices(Protocol):
-    """Moves an allocator's prices."""
-
-    @property
-    def window_s(self) -> float:
-        """Seconds of a window."""
-
-    def update(self, spent: Spent) -> None:
-        """A window is over."""
-
-
 class Stress(Protocol):
     """Caps what a chain may cost while the server is overloaded."""
 
@@ -105,7 +95,7 @@ class Governor:
         allocator: Allocator,
         features: Features,
         *,
-        prices: Prices | None = None,
+        prices: PriceControl | None = None,
         stress: Stress | None = None,
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
@@ -113,7 +103,6 @@ class Governor:
         self.allocator, self.features, self.prices, self.stress = allocator, features, prices, stress
         self._clock, self._rng = clock, np.random.default_rng(seed)
         self._lock = threading.Lock()
-        self._window = _Window(began=clock())
 
     def choose(self, batch: Batch, most_BC: Float | None = None) -> Decision:
         """A chain for each of B requests.
@@ -124,7 +113,7 @@ class Governor:
         """
         chains = self.allocator.chains
         contexts_BF = self.features(batch)
-        cap_C = np.full(len(RESOURCES), np.inf) if self.stress is None else self.stress.cap_C
+        cap_C = self._cap_C()
         with self._lock:  # one generator for all threads
             choice, own_B = self._chosen(contexts_BF, cap_C, most_BC)
         names = [chains.names[number] for number in choice.chain_R.tolist()]
@@ -151,6 +140,12 @@ class Governor:
         ]
         return Decision(names, told, contexts_BF, choice.chain_R)
 
+    def _cap_C(self) -> Float:
+        """What the server affords at most for a request now."""
+        cap_C = np.full(len(RESOURCES), np.inf) if self.stress is None else self.stress.cap_C
+        used_up_C = None if self.prices is None else self.prices.most_C(self._clock())
+        return cap_C if used_up_C is None else np.minimum(cap_C, used_up_C)
+
     def _chosen(
         self, contexts_BF: NDArray[np.float32], cap_C: Float, most_BC: Float | None
     ) -> tuple[Choice, NDArray[np.bool_]]:
@@ -174,7 +169,7 @@ class Governor:
         return choice, own_B
 
     def note(self, decision: Decision, reports: Sequence[Sequence[StageReport]]) -> None:
-        """What B requests cost.
+        """What B requests cost, for the prices.
 
         Args:
             decision: of `choose`.
@@ -185,8 +180,8 @@ class Governor:
         spent_C = np.array(
             [sum(getattr(stage, f"spent_{name}") for request in reports for stage in request) for name in RESOURCES]
         )
-        with self._lock:
-            self._window.add(decision.contexts_BF, decision.chain_B, spent_C)
+        if self.prices is not None:
+            self.prices.note(decision.contexts_BF, decision.chain_B, spent_C)
 
     def answered(self, latency_ms: float, *, failed: bool = False) -> None:
         """A request got its answer, or none, so long after it came in; for the stress cap."""
@@ -198,40 +193,11 @@ class Governor:
         now = self._clock()
         if self.stress is not None:
             self.stress.tick(now)
-        if self.prices is None or now - self._window.began < self.prices.window_s:
-            return
-        with self._lock:
-            window, self._window = self._window, _Window(began=now)
-            self.prices.update(window.spent(now))
+        if self.prices is not None:
+            self.prices.tick(now)
 
     @property
     def cap_ms(self) -> float | None:
         """Dearest chain that the server affords now; None = any."""
         cap_ms = np.inf if self.stress is None else float(self.stress.cap_C[1])
         return cap_ms if np.isfinite(cap_ms) else None
-
-
-class _Window:
-    """What the requests since `began` were and cost."""
-
-    def __init__(self, *, began: float) -> None:
-        self.began = began
-        self._contexts: list[NDArray[np.float32]] = []
-        self._chains: list[NDArray[np.int64]] = []
-        self._spent_C = np.zeros(len(RESOURCES))
-
-    def add(self, contexts_BF: NDArray[np.float32], chain_B: NDArray[np.int64], spent_C: Float) -> None:
-        """Some requests."""
-        self._spent_C += spent_C
-        self._contexts.append(contexts_BF)
-        self._chains.append(chain_B)
-
-    def spent(self, now: float) -> Spent:
-        """The window as it ends."""
-        none = np.zeros(0, dtype=np.int64)
-        return Spent(
-            contexts_RF=np.concatenate(self._contexts) if self._contexts else np.zeros((0, 0), dtype=np.float32),
-            chain_R=np.concatenate([none, *self._chains]),
-            spent_C=self._spent_C,
-            seconds=now - self.began,
-        )

@@ -133,7 +133,13 @@ class Batch:
         """The same requests with other candidates."""
         candidates = Candidates(rows=rows, pair=pair or {})
         return replace(
-            self, candidates=candidates, labels=labels or {}, weight=None, sample_kind=None, emitted_at=None, criteria=()
+            self,
+            candidates=candidates,
+            labels=labels or {},
+            weight=None,
+            sample_kind=None,
+            emitted_at=None,
+            criteria=(),
         )
 
     def select(self, index: Tensor) -> Batch:

@@ -174,8 +174,10 @@ class Batcher:
     def _answered(self, questions: Sequence[Question], left_ms: float | None) -> Sequence[Outcome | Exception]:
         try:
             return self._answer(questions, left_ms)
-        except Exception as error:  # a fault of one batch must not end the worker
-            return [error] * len(questions)
+        except Exception as error:  # a fault must not end the worker, and not reach those who only waited beside it
+            if len(questions) == 1:
+                return [error]
+            return [self._answered([one], left_ms)[0] for one in questions]
 
     def _replace_hanging(self) -> None:
         """Hire for workers that have been at one batch for twice the time limit; they end by themselves if they ever come back."""
