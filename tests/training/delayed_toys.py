@@ -1,10 +1,8 @@
-"""A stream of clicks with known truth for the tests of delayed feedback. Run as a program, trains on one slowly, to be killed."""
+"""A stream of clicks with known truth, for the tests of delayed feedback."""
 
 from __future__ import annotations
 
-import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -104,15 +102,3 @@ def train(
     return train_stream(
         make, world.view, world.log, config=config, trainer=trainer, start=10 * DAY, folder=folder, progress=False
     )
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    own_losses = DNN.losses
-
-    def slow(self: DNN, batch):  # type: ignore[no-untyped-def]
-        time.sleep(0.01)
-        return own_losses(self, batch)
-
-    DNN.losses = slow  # type: ignore[method-assign]
-    train(planted(1_200), "defuse", Path(sys.argv[1]), trainer=replace(TRAINER, batch_size=32))

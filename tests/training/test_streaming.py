@@ -1,11 +1,7 @@
 """The streaming trainer: what it learns on a planted stream, when it reads what, and that a killed run ends with the same bits."""
 
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +14,15 @@ from shortlist.errors import ConfigError, DataError, SnapshotError
 from shortlist.layers.scoring import task_losses
 from shortlist.metrics.classification import auc, logloss
 from shortlist.models.base import Ranker
+from shortlist.models.ranking.dnn import DNN
 from shortlist.registry import find
+from shortlist.training import streaming
 from shortlist.training.config import FeedbackChoice, TrainerConfig
 from shortlist.training.feedback.clicks import ClickLog, learned_by
 from shortlist.training.feedback.streams import emit
 from shortlist.training.feedback.windows import NEVER
 from shortlist.training.streaming import StreamConfig, StreamReport, WindowQuality, chances, train_stream
+from shortlist.training.trainer import TrainingInterrupted
 
 
 @pytest.fixture(scope="module")
@@ -211,32 +210,60 @@ def test_the_mean_is_weighted_by_clicks():
 # --- resuming ---
 
 
-def test_same_seed_same_bits_and_a_killed_run_too(small, tmp_path):
-    """Killed twice, without warning, in the stream; ended here."""
-    trainer = replace(TRAINER, batch_size=32)
-    ranker, report = train(small, "defuse", trainer=trainer)
-    again, _ = train(small, "defuse", trainer=trainer)
+class Killed(RuntimeError):
+    """Stands for a process that ends without warning."""
+
+
+def test_same_seed_same_bits_and_a_killed_run_too(small, tmp_path, monkeypatch):
+    """Ended in the auxiliary network's training, in the first one and twice in the stream; dropout and all, the bits are the same."""
+    ranker, report = train(small, "defuse")
+    again, _ = train(small, "defuse")
     assert same(weights_of(ranker), weights_of(again))
-    program = [sys.executable, str(Path(__file__).with_name("delayed_toys.py")), str(tmp_path / "run")]
-    for _ in range(2):
-        process = subprocess.Popen(program)
-        reached = len(list((tmp_path / "run").glob("checkpoint-*")))
-        limit = time.monotonic() + 60
-        before = {p.name for p in (tmp_path / "run").glob("checkpoint-*")}
-        while time.monotonic() < limit and process.poll() is None:
-            new = {p.name for p in (tmp_path / "run").glob("checkpoint-*")} - before
-            if len(new) and max(new) >= f"checkpoint-{reached + 3:06d}":
-                break
-            time.sleep(0.005)
-        assert process.poll() is None, "the run ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    resumed, told = train(small, "defuse", tmp_path / "run", trainer=trainer)
+    whole, left = DNN.losses, [0]
+
+    def losses(self, batch):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return whole(self, batch)
+
+    monkeypatch.setattr(DNN, "losses", losses)
+    stages = []
+    for steps in (7, 22, 23, 5):
+        left[0] = steps
+        with pytest.raises(Killed):
+            train(small, "defuse", tmp_path / "run")
+        stages.append(sorted(p.name for p in (tmp_path / "run").iterdir()))
+    assert stages[0] == ["auxiliary"]
+    assert stages[1] == ["auxiliary", "first"]
+    assert stages[2][-1] == stages[3][-1] == "first"
+    assert stages[2][1].startswith("checkpoint-")
+    assert stages[2][1] < stages[3][1]
+    left[0] = 10_000
+    resumed, told = train(small, "defuse", tmp_path / "run")
+    assert left[0] > 10_000 - report.steps
     assert same(weights_of(ranker), weights_of(resumed))
-    assert told.windows == report.windows
-    assert told.steps == report.steps
+    assert (told.windows, told.steps) == (report.windows, report.steps)
     with pytest.raises(SnapshotError, match="posterior"):
-        train(small, "defuse", tmp_path / "run", trainer=trainer, posterior="current")
+        train(small, "defuse", tmp_path / "run", posterior="current")
+
+
+def test_interrupted_by_a_key(small, tmp_path, monkeypatch):
+    """Ctrl-C ends the window, saves, and says how to go on."""
+    whole, left = streaming._Run._learn, [3]
+
+    def learn(self, first, last):
+        left[0] -= 1
+        if not left[0]:
+            signal.raise_signal(signal.SIGINT)
+        whole(self, first, last)
+
+    monkeypatch.setattr(streaming._Run, "_learn", learn)
+    with pytest.raises(TrainingInterrupted, match="after 3 windows; run it again"):
+        train(small, "fnw", tmp_path / "run", trainer=replace(TRAINER, checkpoint_seconds=1e9))
+    resumed, told = train(small, "fnw", tmp_path / "run", trainer=replace(TRAINER, checkpoint_seconds=1e9))
+    assert left[0] == 3 - len(told.windows)
+    assert same(weights_of(resumed), weights_of(train(small, "fnw")[0]))
 
 
 # --- other rankers, settings, refusals ---
