@@ -161,6 +161,8 @@ class AllocationConfig:
     """1e6 FLOPs that a request may cost on average; none = no limit on them. Without either limit, what the default chain takes."""
     worth: Literal["choice", "value"] = "choice"
     """What a page is worth: the discounted gain of the held-out items on it, or the sum of their money."""
+    measured: Literal["alone", "batched"] = "alone"
+    """Which measured milliseconds count: those of a request that is answered alone, or its share of a batch of 16."""
     max_requests: int = 4_000
     """Validation requests at most that calibration answers with every chain."""
     settings: Any = None
