@@ -6,6 +6,7 @@
     [trainer]                     defaults of the trainer; [trainer.NAME] for one system
     [index]                       how vector retrievers search the catalogue; [index.NAME] for one system
     [allocation]                  which chain a request gets, where stages have offers; [allocation.settings] of its allocator
+    [energy]                      watts, PUE and grid that `shortlist energy` reckons with
     [stages.retrieval]            stages in the order in which they act; systems, keep, and further actions under `offers`
     [systems.NAME]                settings of one system; `system = "din"` gives a second instance another name
 
@@ -24,6 +25,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from shortlist.cascade.allocation.base import Allocator, Budget
+from shortlist.cascade.power import EnergyConfig
 from shortlist.cascade.settings import Plain, build, nearest, parse_value, plain, refuse_unknown, toml
 from shortlist.data.roles import Roles
 from shortlist.data.splits import DataConfig
@@ -31,7 +33,9 @@ from shortlist.errors import ConfigError
 from shortlist.models.base import VectorRetriever
 from shortlist.registry import Entry, find
 from shortlist.store.vector_index import IndexConfig
-from shortlist.training.config import TrainerConfig
+from shortlist.training.config import FeedbackChoice, TrainerConfig
+from shortlist.training.feedback.base import make_feedback
+from shortlist.training.feedback.windows import Windows
 from shortlist.training.gradients.base import make_rule
 
 
@@ -89,6 +93,15 @@ class Learning:
     chained: bool = False
     """Each task is learned only where the one before it came true, such as a purchase on clicked candidates: then the product of the tasks'
     chances is that of the last one."""
+    feedback: FeedbackChoice = field(default_factory=FeedbackChoice)
+    """How the task is learned whose outcome comes late; `task_hours` is then how long it counts."""
+
+    @property
+    def late_task(self) -> str:
+        """The task that a feedback rule learns; empty where there is no rule."""
+        if self.feedback.rule == "none":
+            return ""
+        return self.feedback.task or (self.tasks[-1] if self.tasks else "")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -197,6 +210,7 @@ class RunConfig:
     indexes: Mapping[str, Plain] = field(default_factory=dict)
     """What is different for one of them: setting by name."""
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
     stages: tuple[Stage, ...] = ()
     systems: Mapping[str, SystemChoice] = field(default_factory=dict)
     """Every system of the stages by its name in this run."""
@@ -236,6 +250,7 @@ class RunConfig:
             index=index,
             indexes=indexes,
             allocation=_allocation(_table(table, "allocation")),
+            energy=build(EnergyConfig, _table(table, "energy"), "energy"),
             stages=stages,
             systems=MappingProxyType(systems),
         )
@@ -253,6 +268,7 @@ class RunConfig:
             "index": {**plain(self.index), **{name: dict(values) for name, values in self.indexes.items()}},
             # Where nothing is set, a run of one chain need not speak of it.
             "allocation": {} if self.allocation == AllocationConfig() else plain(self.allocation),
+            "energy": plain(self.energy),
             "stages": {stage.name: _stage_table(stage) for stage in self.stages},
             "systems": {name: {"system": c.system, **plain(c.settings)} for name, c in self.systems.items()},
         }
@@ -342,7 +358,7 @@ class RunConfig:
 
 
 T = TypeVar("T")
-SECTIONS = ("data", "roles", "surface", "learning", "trainer", "index", "allocation", "stages", "systems")
+SECTIONS = ("data", "roles", "surface", "learning", "trainer", "index", "allocation", "energy", "stages", "systems")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -437,6 +453,38 @@ def _check_tasks(config: RunConfig) -> None:
     for name in config.systems:
         make_rule(config.trainer_of(name).gradients)
     make_rule(config.trainer.gradients)
+    _check_feedback(config)
+
+
+def _check_feedback(config: RunConfig) -> None:
+    """A feedback rule that exists, can be served, and has a task to learn and all that its weights count on."""
+    learning = config.learning
+    rule = make_feedback(learning.feedback)
+    if rule is None:
+        return
+    name, task = learning.feedback.rule, learning.late_task
+    if not rule.realisable or not rule.own_chance:
+        why = "reads labels before they are there" if not rule.realisable else "has scores that are no chances as served"
+        raise ConfigError(
+            f"learning.feedback.rule {name!r} {why}, and works in the streaming trainer alone; choose vanilla, fnw, fsiw, es-dfm, "
+            "defer or defuse"
+        )
+    if task not in learning.tasks:
+        raise ConfigError(
+            f"learning.feedback learns task {task!r}, which is none of learning.tasks: {', '.join(learning.tasks) or 'there is none'}"
+        )
+    if config.surface.objective == "value":
+        raise ConfigError('learning.feedback does not go with surface.objective = "value"; choose one of them')
+    if learning.num_negatives is not None and not (learning.chained and task != learning.tasks[0]):
+        raise ConfigError(
+            "learning.feedback weighs all samples of a click, so none may be left out: drop learning.num_negatives, or set "
+            "learning.chained with the late task behind another"
+        )
+    if learning.candidates == "logged" and not learning.feedback.delay:
+        raise ConfigError(
+            "learning.feedback with logged candidates needs learning.feedback.delay: the label column with the hours to the outcome"
+        )
+    Windows.of_hours(learning.feedback.observation_hours, learning.task_hours)
 
 
 def _check(config: RunConfig) -> None:
