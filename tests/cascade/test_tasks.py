@@ -7,7 +7,16 @@ import torch
 
 from shortlist.cascade.acting import score
 from shortlist.cascade.config import Learning, RunConfig, Surface
-from shortlist.cascade.tasks import ActionLabels, ShownLabels, chained, check_tasks, in_words, page_scores, task_quality
+from shortlist.cascade.tasks import (
+    ActionLabels,
+    ShownLabels,
+    chained,
+    check_tasks,
+    in_words,
+    mean_auc,
+    page_scores,
+    task_quality,
+)
 from shortlist.data.dataset import build_dataset
 from shortlist.data.jagged import Jagged
 from shortlist.data.log import read
@@ -275,3 +284,45 @@ def test_a_log_of_shown_pages_teaches_its_label_columns(tmp_path, monkeypatch):
     assert told["purchase"]["positives"] == columns["purchase"].sum()
     assert told["purchase"]["candidates"] == columns["click"].sum()
     assert {"auc", "gauc"} <= told["click"].keys()
+
+
+# --- what decides the best epoch ---
+
+
+def test_the_mean_counts_tasks_alike_and_leaves_out_those_of_one_class():
+    told = {"a": {"auc": 0.6, "candidates": 1e6}, "b": {"auc": 0.9, "candidates": 10.0}, "c": {"candidates": 5.0}}
+    assert mean_auc(told) == pytest.approx(0.75)
+    assert mean_auc({"c": told["c"]}) is None
+    assert mean_auc({}) is None
+
+
+def trained_on_pages(tmp_path, *changes: str):
+    """The metrics of a run on the log of shown pages, and every epoch's validation score."""
+    from shortlist.cascade import build
+    from shortlist.data.roles import Roles
+
+    config = RunConfig.from_toml(CONFIG).override(
+        "data.target_actions=[]",
+        "data.target_label=click",
+        "learning.candidates=logged",
+        "surface.repeats=yes",
+        *changes,
+    )
+    dataset = build_dataset(read(shown_log(), roles=Roles(labels=("click", "purchase"))), config.data_settings)
+    run = build.train_unsaved(dataset, config, tmp_path / "state", progress=False)
+    (system,) = [s for s in run.metrics["systems"] if s["name"] == "mmoe"]
+    return system, [point["score"] for point in run.metrics["curves"]["mmoe"]]
+
+
+def test_several_tasks_are_stopped_by_their_mean_auc(tmp_path):
+    """The kept epoch is the one with the best mean AUC, and the report's AUCs, measured after training, are those of that epoch."""
+    system, scores = trained_on_pages(tmp_path, "trainer.epochs=4")
+    assert system["best_epoch"] == 1 + int(np.argmax(scores))
+    assert max(scores) == pytest.approx(np.mean([told["auc"] for told in system["tasks"].values()]), abs=1e-6)
+    assert system["ndcg"] != pytest.approx(max(scores), abs=1e-6)  # the report's NDCG stays one
+
+
+def test_one_task_is_stopped_by_ndcg(tmp_path):
+    one = ("learning.tasks=['click']", "learning.chained=false", "trainer.task_weights=[]", "surface.task_weights={}")
+    system, scores = trained_on_pages(tmp_path, *one)
+    assert system["ndcg"] == max(scores)

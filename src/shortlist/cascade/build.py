@@ -15,8 +15,6 @@ where it was, and a run with other settings of a late stage does not train the e
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import sys
 import time
@@ -33,6 +31,7 @@ from torch import Tensor
 from shortlist.cascade.attribution import attribute_losses, lost_at
 from shortlist.cascade.cascade import Cascade
 from shortlist.cascade.config import RunConfig, Stage
+from shortlist.cascade.delayed import delayed_source
 from shortlist.cascade.fitting import check_fits, default_config
 from shortlist.cascade.indexing import IndexReport, build_indexes, still_valid
 from shortlist.cascade.lessons import (
@@ -50,8 +49,8 @@ from shortlist.cascade.lessons import (
 )
 from shortlist.cascade.meter import Meter
 from shortlist.cascade.run import Run, load_run, make_system, most_chosen, save_run
-from shortlist.cascade.sharing import Shared
-from shortlist.cascade.tasks import ActionLabels, ShownLabels, check_tasks, in_words
+from shortlist.cascade.sharing import Shared, fingerprint
+from shortlist.cascade.tasks import ActionLabels, ShownLabels, check_tasks, in_words, mean_auc
 from shortlist.data.batches import Batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Histories, Int, Requests, View
@@ -245,12 +244,13 @@ class _Builder:
         if not feeds:
             self._count(name, stage, validate)
             return
+        stops_by = self._stopping(system, lessons, validate)
         report = fit(
             system,
             self.view,
             lambda phase: self._source(phase, system, name, lessons),
             config=trainer,
-            validate=validate,
+            validate=stops_by,
             folder=self._folder(name),
             progress=self.progress,
         )
@@ -258,8 +258,8 @@ class _Builder:
         self.curves[name] = [
             {"phase": p.phase, "epoch": p.epoch, "loss": p.loss, "score": p.score} for p in report.curve
         ]
-        ndcg = report.best_score
-        if ndcg is None:  # its epochs ended between two validations
+        ndcg = report.best_score if stops_by is validate else None
+        if ndcg is None:  # its epochs ended between two validations, or something else decided
             with torch.no_grad():
                 ndcg = validate(system)
         tasks = self._task_quality(system, lessons)
@@ -317,6 +317,17 @@ class _Builder:
                 max_targets=learning.max_targets,
                 seed=trainer.seed,
             )
+        if learning.late_task and isinstance(system, Ranker):
+            return delayed_source(
+                lessons.fit,
+                self.dataset,
+                system,
+                self.view,
+                learning,
+                trainer,
+                folder=self._folder(name) / "auxiliary",
+                progress=self.progress,
+            )
         return candidate_source(
             lessons.fit,
             self.dataset,
@@ -334,6 +345,21 @@ class _Builder:
         if system.kind == "retriever" and stage is self.config.stages[0]:
             return lambda trained: full_ranking_score(trained, self.dataset, self.valid, k)
         return lambda trained: candidate_score(trained, self.dataset, lessons.valid, k, self.config.surface)
+
+    def _stopping(
+        self, system: System, lessons: _StageLessons, ndcg: Callable[[System], float]
+    ) -> Callable[[System], float]:
+        """What decides a training's best epoch: of a ranker of several tasks their mean AUC on the validation window, else NDCG."""
+        if len(self.config.learning.tasks) < 2 or not isinstance(system, Ranker) or lessons.judged is None:
+            return ndcg
+        judged = lessons.judged
+
+        def score(trained: System) -> float:
+            assert isinstance(trained, Ranker)
+            found = mean_auc(task_score(trained, self.dataset, judged))
+            return ndcg(trained) if found is None else found
+
+        return score
 
     def _report(
         self,
@@ -483,7 +509,7 @@ class _StageLessons:
         learning = self.builder.config.learning
         if not learning.tasks or learning.candidates == "logged":
             return None
-        labels = ActionLabels(self.builder.dataset, learning, window)
+        labels = ActionLabels(self.builder.dataset, learning, window, learning.late_task if window == "fit" else "")
         return lambda index, rows: labels(requests.select(index), rows)
 
     def _made(self, window: str, make: Callable[[], Lessons]) -> Lessons:
@@ -506,7 +532,7 @@ class _StageLessons:
         labels: Labels | None = None
         if learning.candidates == "logged":
             requests, shown, columns = sample_shown(builder.dataset, learning.fit_requests, seed)
-            labels = ShownLabels(learning, shown, columns) if learning.tasks else None
+            labels = ShownLabels(learning, shown, columns, learning.late_task) if learning.tasks else None
         else:
             labels = self._by_action(requests, "fit")
         parts = []
@@ -553,15 +579,3 @@ class _StageLessons:
 def _of_part(labels: Labels, part: Int, index: Int, rows: Jagged) -> dict[str, Tensor]:
     """Labels of the requests `index` of a part of all requests."""
     return labels(part[index], rows)
-
-
-def fingerprint(*parts: Any) -> str:
-    """Twelve hexadecimal digits that change with any part: arrays by content, the rest as JSON."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            digest.update(f"{part.dtype}{part.shape}".encode())
-            digest.update(np.ascontiguousarray(part).data)
-        else:
-            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:12]

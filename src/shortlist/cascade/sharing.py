@@ -5,8 +5,12 @@ Everything is found by fingerprints of all that went into it, so that sharing ch
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from shortlist.cascade.lessons import Lessons
 from shortlist.models.base import System
@@ -56,3 +60,15 @@ def lessons_bytes(lessons: Lessons) -> int:
     """Memory of its candidates."""
     tensors = (lessons.rows.values, lessons.rows.offsets, lessons.label, lessons.worth, *lessons.pair.values())
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Twelve hexadecimal digits that change with any part: arrays by content, the rest as JSON."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+        else:
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:12]

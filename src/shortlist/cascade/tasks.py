@@ -4,6 +4,8 @@
                                         group, or up to `task_hours` later and before the window ends
     learning.candidates = "logged"      tasks are label columns of what the log's own pages showed: 1 above 0
 
+A ranker of several tasks is trained to the epoch with the best mean AUC of its tasks on the validation window.
+
 R requests, total = all candidates of all requests end to end, N events, T tasks.
 """
 
@@ -26,6 +28,9 @@ from shortlist.metrics.classification import auc, gauc
 from shortlist.models.base import Scores
 
 HOUR_S = 3_600
+DELAY = "seconds to the outcome"
+"""Name of the column that stands beside the labels where a feedback rule learns a task: float32 [total] seconds from the request to the
+outcome as far as the log knows it, NaN where there is none (exact up to half a year)."""
 
 
 def check_tasks(config: RunConfig, dataset: Dataset) -> None:
@@ -45,6 +50,16 @@ def check_tasks(config: RunConfig, dataset: Dataset) -> None:
             raise ConfigError(
                 f"task {task!r} is none of the {what}: {', '.join(known) or 'there is none'}; choose from these, or name {other}"
             )
+    if not learning.late_task:
+        return
+    if dataset.split.protocol != "time" or not dataset.space.has_clock:
+        raise ConfigError(
+            "learning.feedback needs to know what had come by when: a log with moments, split by time (data.protocol); leave it out here"
+        )
+    if logged and learning.feedback.delay not in columns:
+        raise ConfigError(
+            f"learning.feedback.delay {learning.feedback.delay!r} is no label column of the log: {', '.join(columns) or 'there is none'}"
+        )
 
 
 def page_scores(scores: Scores, tasks: Sequence[str], surface: Surface | None) -> Tensor:
@@ -61,10 +76,14 @@ def page_scores(scores: Scores, tasks: Sequence[str], surface: Surface | None) -
 
 
 class ActionLabels:
-    """Labels by task from what users did; made once for a window."""
+    """Labels by task from what users did; made once for a window.
 
-    def __init__(self, dataset: Dataset, learning: Learning, window: Window) -> None:
-        self.learning, self.histories = learning, dataset.histories
+    Args:
+        late: also tell when that task's outcome came (`DELAY`); empty = of none.
+    """
+
+    def __init__(self, dataset: Dataset, learning: Learning, window: Window, late: str = "") -> None:
+        self.learning, self.histories, self.late = learning, dataset.histories, late
         self.open = dataset.plan.window_of_event <= WINDOW_NUMBER[window]
         self.action_ids = dataset.action_ids(learning.tasks)
         # Without a clock times are places in the user's order, and only the request's own group counts.
@@ -90,14 +109,19 @@ class ActionLabels:
             task: torch.from_numpy(np.isin(asked, done[action == number]).astype(np.float32))
             for task, number in zip(self.learning.tasks, self.action_ids)
         }
-        return chained(labels) if self.learning.chained else labels
+        told = chained(labels) if self.learning.chained else labels
+        if self.late:
+            is_late = action == self.action_ids[self.learning.tasks.index(self.late)]
+            waited = self.histories.time[event] - requests.time[owner]
+            told = {**told, DELAY: _first(asked, done[is_late], waited[is_late])}
+        return told
 
 
 class ShownLabels:
-    """Labels by task from the label columns of logged impressions."""
+    """Labels by task from the label columns of logged impressions; `late` as in ActionLabels."""
 
-    def __init__(self, learning: Learning, shown: Jagged, columns: Mapping[str, Tensor]) -> None:
-        self.learning, self.shown, self.columns = learning, shown, columns
+    def __init__(self, learning: Learning, shown: Jagged, columns: Mapping[str, Tensor], late: str = "") -> None:
+        self.learning, self.shown, self.columns, self.late = learning, shown, columns, late
 
     def __call__(self, index: Int, rows: Jagged) -> dict[str, Tensor]:
         """float32 [total] by task for candidates of the impressions `index`, each of which was shown."""
@@ -108,7 +132,22 @@ class ShownLabels:
         order = key.argsort()
         place = torch.searchsorted(key[order], rows.row_of_value * width + rows.values).clamp(max=max(len(key) - 1, 0))
         labels = {task: (self.columns[task][where][order][place] > 0).float() for task in self.learning.tasks}
-        return chained(labels) if self.learning.chained else labels
+        told = chained(labels) if self.learning.chained else labels
+        if self.late:
+            waited = self.columns[self.learning.feedback.delay][where][order][place] * HOUR_S
+            told = {**told, DELAY: waited.float().masked_fill(labels[self.late] == 0, torch.nan)}
+        return told
+
+
+def _first(asked: Int, done: Int, waited: Int) -> Tensor:
+    """float32 [total]: the shortest time after which each asked key was done; NaN where it never was."""
+    order = np.lexsort((waited, done))
+    keys, first = np.unique(done[order], return_index=True)
+    if not len(keys):
+        return torch.full((len(asked),), torch.nan)
+    place = np.searchsorted(keys, asked).clip(max=len(keys) - 1)
+    shortest = waited[order][first][place]
+    return torch.from_numpy(np.where(keys[place] == asked, shortest, np.nan).astype(np.float32))
 
 
 def chained(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,6 +178,12 @@ def task_quality(scores: Mapping[str, Tensor], labels: Mapping[str, Tensor], use
             except DataError:  # one class alone: nothing to tell apart
                 continue
     return told
+
+
+def mean_auc(quality: Mapping[str, Mapping[str, float]]) -> float | None:
+    """Mean AUC of the tasks that have both outcomes, each counting alike; None where no task has both."""
+    found = [told["auc"] for told in quality.values() if "auc" in told]
+    return sum(found) / len(found) if found else None
 
 
 def in_words(quality: Mapping[str, Mapping[str, float]]) -> str:

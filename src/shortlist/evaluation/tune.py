@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from shortlist.cascade.build import fingerprint, train_unsaved
+from shortlist.cascade.build import train_unsaved
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.fitting import check_fits
 from shortlist.cascade.lessons import full_ranking_score, sample
-from shortlist.cascade.sharing import Shared
+from shortlist.cascade.sharing import Shared, fingerprint
 from shortlist.data.dataset import Dataset
 from shortlist.errors import ConfigError
 from shortlist.evaluation.evidence import surroundings, write_json
