@@ -87,3 +87,42 @@ def field_pairs_log(
         train=rows[:first_cut], valid=rows[first_cut:second_cut], test=rows[second_cut:], user=None, item=None
     )
     return FieldPairs(table, auc(label[second_cut:], logit_R[second_cut:]))
+
+
+@dataclass(frozen=True, slots=True)
+class PricedFields:
+    """A log whose signals stand in a cheap and in a dear field each, beside fields that say nothing."""
+
+    table: Table
+    cost: dict[str, float]
+    """By column: 0.5 for cheap ones, 3 for dear ones."""
+    oracle: float
+    """AUC of the true rates on test."""
+
+
+def priced_log(
+    num_rows: int, *, num_signals: int = 8, num_noise: int = 8, num_values: int = 50, seed: int = 0
+) -> PricedFields:
+    """Clicks by the sum of one number per value of each signal, of falling strength, and the product of the first two signals' numbers.
+
+    Columns: cheap0, dear0 (the same values), cheap1, ...; then the noise, half of it cheap.
+    """
+    rng = np.random.default_rng(seed)
+    strength_S = np.linspace(1.2, 0.3, num_signals)
+    number_SV = rng.standard_normal((num_signals, num_values))
+    value_RS = rng.integers(0, num_values, (num_rows, num_signals))
+    number_RS = number_SV[np.arange(num_signals), value_RS]
+    logit_R = number_RS @ strength_S + 0.8 * number_RS[:, 0] * number_RS[:, 1]
+    rate_R = 1 / (1 + np.exp(-logit_R))
+    label = (rng.random(num_rows) < rate_R).astype(np.int64)
+    columns = {"label": label}
+    for s in range(num_signals):
+        columns |= {f"cheap{s}": value_RS[:, s], f"dear{s}": value_RS[:, s]}
+    for n in range(num_noise):
+        kind = "cheap" if n < num_noise // 2 else "dear"
+        columns[f"{kind}_noise{n}"] = rng.integers(0, num_values, num_rows)
+    rows = pl.DataFrame(columns)
+    first, second = int(0.8 * num_rows), int(0.9 * num_rows)
+    table = Table(train=rows[:first], valid=rows[first:second], test=rows[second:], user=None, item=None)
+    cost = {name: 0.5 if name.startswith("cheap") else 3.0 for name in table.columns}
+    return PricedFields(table, cost, auc(label[second:], rate_R[second:]))
