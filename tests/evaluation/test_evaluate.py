@@ -13,6 +13,7 @@ from shortlist.evaluation.evaluate import (
     evaluate,
     held_out,
     make_pages,
+    over_users,
     pager_of,
     without_seen_targets,
 )
@@ -181,3 +182,17 @@ def test_diversity_by_category_or_by_words(dataset):
 
 def test_losses_read_as_words():
     assert "not let through by ranking" in losses_text({"retrieval": 0.5, "ranking": 0.2, "shown": 0.3})
+
+
+def test_money_that_few_people_spend_gets_a_point_and_no_interval():
+    """With 3 of 40 users paying, one draw in about 20 holds none of them; with 25 of 40 practically none."""
+    users, spent = np.arange(40), np.zeros(40)
+    spent[:3] = [2.0, 4.0, 6.0]
+    few = over_users(spent / 2, spent, users, seed=0)
+    assert few.low == few.mean == few.high == 0.5
+    nothing = over_users(np.zeros(40), np.zeros(40), users, seed=0)
+    assert nothing.low == nothing.mean == nothing.high == 0.0
+    spent[:25] = 1.0
+    many = over_users(np.where(users % 2 == 0, spent, 0.0), spent, users, seed=0)
+    assert many.mean == 13 / 25
+    assert many.low < many.mean < many.high

@@ -35,6 +35,8 @@ Pager = Callable[[Batch, Requests], Tensor]
 """Gives the page of every request of a batch: int64 rows [B, K], 0 = nothing. The requests carry the targets, for accounts of where they
 were lost; a pager must not look at them to make its page."""
 Window = Literal["fit", "valid", "test"]
+_FEWEST_COUNTED = 20
+"""Of so many users all are missed by one draw in e ** 20."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,9 +192,7 @@ def evaluate(
     rows = make_pages(pager, dataset, requests, repeats=repeats, max_history=max_history, device=device)
     seconds = time.perf_counter() - started
     per_request = judge_pages(rows, requests, k)
-    metrics = {
-        metric: bootstrap_ratio(top, bottom, requests.user, seed=seed) for metric, (top, bottom) in per_request.items()
-    }
+    metrics = {metric: over_users(top, bottom, requests.user, seed) for metric, (top, bottom) in per_request.items()}
     metrics |= {
         metric: Interval(value, value, value) for metric, value in page_statistics(rows[:, :k], dataset, window).items()
     }
@@ -231,10 +231,12 @@ def judge_pages(rows: Int, requests: Requests, k: int) -> dict[str, tuple[NDArra
 
 
 def over_users(top: NDArray[np.float64], bottom: NDArray[np.float64], users: Int, seed: int) -> Interval:
-    """Ratio of sums with its bootstrap interval over users; one user alone gives a point."""
-    if len(np.unique(users)) > 1:
+    """Ratio of sums with its bootstrap interval over users. A point for one user alone, and where so few have a denominator above 0
+    (money, where purchases are rare) that a draw of users might hold none; 0 where nobody has."""
+    num_users, num_counted = len(np.unique(users)), len(np.unique(users[bottom > 0]))
+    if num_users > 1 and num_counted >= min(num_users, _FEWEST_COUNTED):
         return bootstrap_ratio(top, bottom, users, seed=seed)
-    mean = float(top.sum() / bottom.sum())
+    mean = float(top.sum() / bottom.sum()) if num_counted else 0.0
     return Interval(mean, mean, mean)
 
 
@@ -327,10 +329,9 @@ def compare(reports: list[Report], *, reference: str | None = None, seed: int = 
     tests: dict[str, dict[str, dict[str, float]]] = {r.name: {} for r in reports if r is not base}
     for metric in base.per_request:
         top, bottom = base.per_request[metric]
+        scale = bottom.mean() or 1.0
         found = {
-            r.name: paired_difference(
-                top / bottom.mean(), r.per_request[metric][0] / bottom.mean(), base.users, seed=seed
-            )
+            r.name: paired_difference(top / scale, r.per_request[metric][0] / scale, base.users, seed=seed)
             for r in reports
             if r is not base
         }

@@ -27,7 +27,7 @@ from shortlist.layers.counting import user_items
 
 _OVERSAMPLED, _ITERATIONS = 8, 8
 _NOTHING = 1e-6
-"""Vectors shorter than this share of the longest one are taken as none."""
+"""Vectors shorter than this are rounding, not taste: singular values of S lie between 0 and 1."""
 
 Float = NDArray[np.float64]
 
@@ -84,6 +84,6 @@ def tastes(histories: Histories, num_items: int, *, dim: int, seed: int) -> Tast
 def _unit(vectors: Float) -> Float:
     """Rows of length 1; those that are next to nothing become 0, and row 0, the unknown one, is 0."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    there = length > _NOTHING * length.max()
+    there = length > _NOTHING
     there[0] = False
     return np.where(there, vectors / np.where(there, length, 1.0), 0.0)

@@ -66,6 +66,23 @@ class Simulated:
             .with_columns(source=pl.lit(SIMULATED))
         )
 
+    def totals(self) -> dict[str, int | float | str]:
+        """What was expected and what happened, over all requests; `purchases_logged` are those that came before the log ends."""
+        truth, requests = self.truth, self.truth["request_id"].n_unique()
+        bought = truth["click_chance"] * truth["conversion_chance"]
+        return {
+            "source": SIMULATED,
+            "requests": requests,
+            "impressions": truth.height,
+            "clicks": int(truth["click"].sum()),
+            "expected_clicks": float(truth["click_chance"].sum()),
+            "purchases": int(truth["purchase"].sum()),
+            "expected_purchases": float(bought.sum()),
+            "purchases_logged": self.log.events.filter(pl.col("action") == "purchase").height,
+            "value_per_request": float(truth["value"].sum()) / requests,
+            "expected_value_per_request": float(truth["expected_value"].sum()) / requests,
+        }
+
 
 def simulate(
     world: World,

@@ -253,7 +253,8 @@ class Audience:
         """[N] user row of whoever asks at each time."""
         reached_NS = np.cumsum(self.mix(times), axis=1)
         segment = (rng.random((len(times), 1)) * reached_NS[:, -1:] >= reached_NS).sum(1)
-        order = np.argsort(self.segment_U, kind="stable")
+        asking = np.flatnonzero(self.weight_U)
+        order = asking[np.argsort(self.segment_U[asking], kind="stable")]
         reached = np.cumsum(self.weight_U[order])
         ends = np.searchsorted(self.segment_U[order], np.arange(len(self.shares[0])), side="right")
         after = reached[ends - 1] * (ends > 0)

@@ -118,7 +118,8 @@ class World:
         user = rng.choice(len(events_U), _PAIRS, p=events_U / events_U.sum())
         item = rng.choice(len(events_I), _PAIRS, p=events_I / events_I.sum())
         affinity = np.einsum("nd,nd->n", found.users[user], found.items[item])
-        scale = 1.0 / affinity.std() if affinity.std() > 0 else 0.0
+        spread = float(affinity.std())
+        scale = 1.0 / spread if spread > 0 else 0.0
         frequency_I = _in_sd(np.log1p(events_I), events_I)
         log_value_I = _in_sd(np.log(np.where(value_I > 0, value_I, 1.0)), events_I)
         likes = config.taste * scale * affinity + config.popularity * frequency_I[item]
@@ -367,7 +368,7 @@ def _in_sd(values: Float, weights: Int) -> Float:
 
 def _bias(logits: Float, wanted: float, weights: Float) -> float:
     """What must be added to the logits [N] so that their chances have the wanted mean under the weights; by bisection."""
-    low, high = -60.0 - logits.max(), 60.0 - logits.min()
+    low, high = -60.0 - float(logits.max()), 60.0 - float(logits.min())
     for _ in range(80):
         middle = 0.5 * (low + high)
         if np.average(_sigmoid(logits + middle), weights=weights) < wanted:
