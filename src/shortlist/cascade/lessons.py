@@ -18,7 +18,7 @@ from shortlist.cascade.acting import score
 from shortlist.cascade.candidates import best_first, take
 from shortlist.cascade.cascade import Cascade
 from shortlist.cascade.config import Surface
-from shortlist.cascade.tasks import task_quality
+from shortlist.cascade.tasks import DELAY, task_quality
 from shortlist.data.batches import Batch, Candidates, labels_of, request_batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int, Requests
@@ -179,7 +179,7 @@ def candidate_source(
     seed: int,
 ) -> BatchSource:
     """What a ranker trains on; see CandidateSource."""
-    labels = dict(lessons.labels) or {task: lessons.label}
+    labels = {name: label for name, label in lessons.labels.items() if name != DELAY} or {task: lessons.label}
     if by_value:
         labels[WORTH] = lessons.worth.clamp(min=0)
     source = CandidateSource(

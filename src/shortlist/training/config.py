@@ -30,6 +30,9 @@ class FeedbackChoice:
     """Its settings by name, such as {posterior = "current"} for defuse."""
     task: str = ""
     """In a cascade: which of `learning.tasks` comes late; empty = the last of them."""
+    delay: str = ""
+    """In a cascade with logged candidates: label column with the hours from the page to the outcome, read where the task's label is above
+    0. Where tasks are actions, the log's own times tell."""
     observation_hours: float = 1.0
     """How long a click waits for its conversion before it is learned from as one without."""
     auxiliary_epochs: int = 5
