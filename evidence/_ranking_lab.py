@@ -159,6 +159,28 @@ def purchases(
         assert log.items is not None
         items = log.items.select("item_id", "attributes")
         events = log.events.select("user_id", "item_id", time=pl.col("timestamp").dt.epoch("s"), group="group_id")
+    return next_choices(
+        events,
+        items,
+        negatives=negatives,
+        max_per_user=max_per_user,
+        min_history=min_history,
+        split=split,
+        seed=seed,
+    )
+
+
+def next_choices(
+    events: pl.DataFrame,
+    items: pl.DataFrame,
+    *,
+    negatives: tuple[int, int],
+    max_per_user: int = 5,
+    min_history: int = 1,
+    split: str = "last",
+    seed: int = 0,
+) -> World:
+    """As `purchases`, of events (user_id, item_id, time, group) in order of time per user and items (item_id, attributes)."""
     events = events.sort("user_id", maintain_order=True).with_columns(action=pl.lit(1))
     events = events.with_columns(group=pl.struct("user_id", "group").rle_id().cast(pl.Int64))
     group = events["group"].to_numpy()

@@ -14,7 +14,8 @@ candidate: a serving model computes it once for the whole catalogue and then cos
 Differences from the paper, whose formulas we know from its abstract, figures and readers' notes; the graph attention is reconstructed:
 1. Neighbours are the strongest ones, not sampled, so that scores repeat; by default by c_ij / sqrt(d_i d_j), since what everybody clicks
    would else be everybody's neighbour. b starts at 0.
-2. Each layer adds to its input, which trains far more stably than replacing it.
+2. Each layer adds to its input, which trains far more stably than replacing it; U starts as [0, 1], so that a layer first adds the
+   positive part of what the neighbours say.
 3. Aggregation runs once for each distinct item that a batch's pasts reach, so no tensor of requests x clicks x neighbours is made.
 4. A training request whose own outcome is among the clicks that were counted reads a graph counted without its user: else the edge from
    its last click to its target tells the label, and is missing when it matters. `folds` such graphs are kept beside the whole one. Where
@@ -137,8 +138,11 @@ class IntentionLayer(nn.Module):
         self.of_self = nn.Linear(dim, 1, bias=False)
         self.of_strength = nn.Parameter(torch.zeros(1))
         self.mix = nn.Linear(2 * dim, dim)
-        # A bias of the usual size would drown embeddings, which start small.
-        nn.init.zeros_(self.mix.bias)
+        # Begins as what the neighbours say: a random map would have to be learned before any neighbour helped, and a bias of the usual size
+        # would drown embeddings, which start small.
+        with torch.no_grad():
+            self.mix.weight.copy_(torch.eye(dim, 2 * dim).roll(dim, dims=1))
+            self.mix.bias.zero_()
 
     def forward(self, below_mD: Tensor, hop: Hop) -> Tensor:
         """float32 [n, D] from the vectors [m, D] one hop below; a node without neighbours hears 0 of them."""
