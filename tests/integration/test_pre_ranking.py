@@ -88,3 +88,34 @@ def test_the_same_run_scores_the_same_after_loading_again(folder):
     first, second = load_run(folder), load_run(folder)
     batch = make_batch(first.dataset, first.dataset.split.test, first.cascade.max_history)
     assert torch.equal(first.cascade.run(batch).rows, second.cascade.run(batch).rows)
+
+
+def test_cold_and_two_towers_share_a_pre_ranking_stage(tmp_path):
+    shop = write_shop(tmp_path)
+    (shop / "both.toml").write_text(
+        "surface = { k = 4 }\ntrainer = { epochs = 2, batch_size = 16, lr = 0.02 }\n"
+        "[stages.retrieval]\nsystems = ['popularity']\nkeep = 20\n"
+        "[stages.pre-ranking]\nsystems = ['cold', 'two-tower']\nkeep = 8\n"
+        "[stages.ranking]\nsystems = ['dnn']\n"
+        "[systems.cold]\nfields = { dim = 8 }\nhead = { widths = [16] }\nchoice = { epochs = 2, keep = 5 }\n"
+        "costs = { measured = true }\n[systems.two-tower]\ndim = 8\nwidths = [16]\nnum_uniform = 8\n"
+        "[systems.dnn]\ndim = 8\nwidths = [16]\n"
+    )
+    tables = ("--items", shop / "items.csv", "--users", shop / "users.csv")
+    succeeds(
+        "train",
+        shop / "events.csv",
+        *tables,
+        "--config",
+        shop / "both.toml",
+        "--out",
+        shop / "run",
+        "--no-report",
+        "--quiet",
+    )
+    cascade = load_run(shop / "run").cascade
+    assert len(cascade.systems["cold"].body.fields.names) == 5
+    with Engine.load(shop / "run", events=tmp_path / "none.db") as engine:
+        page = engine.recommend("u1", 4)
+    assert len(page.items) == 4
+    assert page.degraded is None

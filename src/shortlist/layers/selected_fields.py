@@ -293,7 +293,7 @@ class PreRankingBody(nn.Module):
         if self.gates is None:
             return
         if config.costs.measured:
-            o_M = measure_field_costs(self.fields, sample_request(view, config.fields.max_history))
+            o_M = measure_field_costs(self.fields, sample_request(view, self.space, config.fields.max_history))
             self.choice.cost_M = field_costs(facts_of(self.space, names), config.fields.dim, config.costs, o_M)
         choose(torch.ones(len(names)), self.choice.cost_M.cpu(), config.choice, self.needed_M)
 
@@ -384,12 +384,12 @@ class PreRankingBody(nn.Module):
 # --- what a field costs, by the clock ---
 
 
-def sample_request(view: View, max_history: int, num_candidates: int = MEASURED_CANDIDATES) -> Batch:
+def sample_request(view: View, space: Space, max_history: int, num_candidates: int = MEASURED_CANDIDATES) -> Batch:
     """One request with so many random candidates and the newest events of the log as its past; context and pair fields are 0.
 
-    For times alone: which values stand in it does not matter.
+    For times alone: which values stand in it does not matter. `space` is the system's, with the pair fields of its stage.
     """
-    space, histories = view.space, view.histories
+    histories = view.histories
     newest = slice(max(0, histories.num_events - max_history), None)
     item, moment, action, value, group = (
         torch.from_numpy(column[newest].copy())

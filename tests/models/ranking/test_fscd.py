@@ -220,7 +220,7 @@ def test_fields_are_measured_on_the_serving_path():
     events = ("item", "time", "action", "value", "group")
     long = {name: getattr(view.histories, name).repeat(20) for name in events}
     histories = replace(view.histories, offsets=20 * view.histories.offsets, **long)
-    request = sample_request(replace(view, histories=histories), 5_000)
+    request = sample_request(replace(view, histories=histories), view.space, 5_000)
     assert len(request.history.items.values) == 5_000
     assert len(request.candidates.rows.values) == 1_000
     names, number = fields.names, sum(p.numel() for p in fields.parameters())

@@ -93,5 +93,5 @@ class COLD(Ranker):
         return self.body.losses(batch)
 
     def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
-        """Of the fields that are kept: their maps, their columns of the first layer, and the rest of the tower."""
+        """Of the fields that are kept (before the choice: of all): their maps, their columns of the first layer, the rest of the tower."""
         return cost_of(self.body, shape, cached)

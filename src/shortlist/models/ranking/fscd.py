@@ -1,13 +1,15 @@
 """FSCD: a pre-ranker that reads crosses and an MLP, and pays for it with the fields it does without.
 
 "Towards a Better Tradeoff between Effectiveness and Efficiency in Pre-Ranking: A Learnable Feature Selection based Approach", Ma et al.,
-SIGIR 2021 (arXiv 2105.07706). Two thirds of a pre-ranker's time go into making and looking up fields, so that is where it saves:
+SIGIR 2021 (arXiv 2105.07706). Making fields and computing with them take about half of a pre-ranker's time each; a field that is left
+out saves in both halves, a narrower network in one:
 
     select    every field's vector times a gate that is nearly 0 or 1; the loss pays each gate's field cost (layers/selection.py)
     choose    the fields that are wanted most, as many as a budget of cost allows, or a given number
     tune      the same network over the kept fields alone, from the weights of the first phase, without gates
 
-Served is an ordinary MLP over the kept fields: the others are neither gathered nor multiplied, and its first layer is as wide as they are.
+Served is an ordinary MLP over the kept fields: the others are neither gathered nor multiplied, and its first layer is as wide as the kept
+ones. Train with some weight decay (`[trainer.fscd] weight_decay`), lest the weights behind a gate grow until the gate means nothing.
 
 Differences from the paper: see layers/selection.py for the cost term; costs are declared by kind and name, or measured, since the paper's
 factors are not published; a budget of cost may stand in place of the number of fields; the loss is a softmax over a request's candidates
@@ -94,7 +96,7 @@ class FSCD(Ranker):
         return self.body.losses(batch)
 
     def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
-        """Of the fields that are kept: their maps, their columns of the first layer, and the rest of the tower."""
+        """Of the fields that are kept (before the choice: of all): their maps, their columns of the first layer, the rest of the tower."""
         return cost_of(self.body, shape, cached)
 
 
