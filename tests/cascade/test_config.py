@@ -7,7 +7,7 @@ from shortlist.cascade.allocation.base import Allocator, Budget
 from shortlist.cascade.config import AllocationConfig, RunConfig
 from shortlist.cascade.settings import build, parse_value, plain, toml
 from shortlist.errors import ConfigError, UnknownSystem
-from shortlist.registry import system
+from shortlist.registry import find, system
 
 FUNNEL = """
 [data]
@@ -261,6 +261,10 @@ def test_an_allocation_is_read_checked_and_written(allocator):
     assert tomllib.loads(config.to_toml())["allocation"]["settings"] == {"greed": 0.5}
     other = config.override("allocation.budget_mflop=3", "allocation.settings.greed=2", "allocation.budget_ms=none")
     assert (other.allocation.budget, other.allocation.settings.greed) == (Budget(mflop=3.0), 2.0)
+    fixed = config.override("allocation.system=fixed")
+    assert fixed.allocation.settings == find("fixed").config()
+    assert (fixed.allocation.budget_ms, fixed.allocation.worth) == (1.5, "value")
+    assert config.override("allocation.system=tiny-allocator") == config
     bare = RunConfig.from_toml(f'{FUNNEL}[allocation]\nsystem = "tiny-allocator"')
     assert bare.allocation.settings == GreedConfig()
     assert RunConfig.from_toml(bare.to_toml()) == bare

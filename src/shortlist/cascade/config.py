@@ -283,7 +283,7 @@ class RunConfig:
         """The same with settings replaced: `ranking.keep=50`, `din.dim=64`, `trainer.lr=0.01`, `trainer.din.lr=0.1`.
 
         The first part of the path is a section, a stage or a system; the value is read as TOML, a bare word as a string. Systems that
-        no stage uses any more lose their settings.
+        no stage uses any more lose their settings, and another allocator begins with its own.
         """
         table = self.to_table()
         for assignment in assignments:
@@ -316,6 +316,8 @@ class RunConfig:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"override {'.'.join(path)!r}: {name!r} is a single value and has no settings inside")
+        if path == ["allocation", "system"] and table.get("system") != value:
+            table.pop("settings", None)  # they were of another allocator
         table[last] = value
 
     @property
@@ -464,7 +466,9 @@ def _check_feedback(config: RunConfig) -> None:
         return
     name, task = learning.feedback.rule, learning.late_task
     if not rule.realisable or not rule.own_chance:
-        why = "reads labels before they are there" if not rule.realisable else "has scores that are no chances as served"
+        why = (
+            "reads labels before they are there" if not rule.realisable else "has scores that are no chances as served"
+        )
         raise ConfigError(
             f"learning.feedback.rule {name!r} {why}, and works in the streaming trainer alone; choose vanilla, fnw, fsiw, es-dfm, "
             "defer or defuse"
