@@ -68,7 +68,7 @@ def test_linear_continues_a_line_exactly():
 def test_linear_is_the_weighted_least_squares_of_numpy():
     rng = np.random.default_rng(0)
     seconds, counts = rng.uniform(20, 100, 40), rng.poisson(300, 40)
-    forecaster = Linear(LinearConfig(memory_seconds=400))
+    forecaster = Linear(LinearConfig(memory_seconds=400, limit=9))
     for count, length in zip(counts, seconds):
         forecaster.observe(count, length)
     ends = np.cumsum(seconds)
@@ -78,11 +78,24 @@ def test_linear_is_the_weighted_least_squares_of_numpy():
     assert forecaster.predict(50) == pytest.approx(level + 50 * slope)
 
 
-def test_one_window_has_no_slope_and_far_forecasts_are_bounded():
+def test_one_window_has_no_slope():
     assert fed(Linear(LinearConfig()), [4]).predict(1e5) == pytest.approx(4)
-    forecaster = fed(Linear(LinearConfig(limit=2)), [10, 11, 12, 13])
-    mean = forecaster._sums[3] / forecaster._sums[0]
-    assert forecaster.predict(1e6) == pytest.approx(2 * mean)
+
+
+def test_far_forecasts_are_bounded_by_the_last_window_and_chance():
+    """25 % of 13 a second, and two deviations of 780 requests in 60 s."""
+    rising, falling = [10, 11, 12, 13], [16, 15, 14, 13]
+    chance = 2 * np.sqrt(780) / 60
+    assert fed(Linear(LinearConfig()), rising).predict(1e6) == pytest.approx(13 * 1.25 + chance)
+    assert fed(Linear(LinearConfig()), falling).predict(1e6) == pytest.approx(13 / 1.25 - chance)
+
+
+def test_a_jump_is_not_overshot():
+    forecaster = fed(Linear(LinearConfig()), [10] * 10)
+    for _ in range(12):
+        forecaster.observe(30 * 60, 60)
+        assert 24 - 1.5 <= forecaster.predict(30) <= 37.5 + 1.5
+    assert forecaster.predict(30) == pytest.approx(30, rel=0.1)
 
 
 def test_trend_beats_persistence_on_a_ramp_and_smooths_noise():
@@ -105,7 +118,7 @@ def day_rate(t):
 
 
 def test_daily_profile_is_learnt_and_foretells_hours_ahead():
-    with_day, plain = Linear(LinearConfig(slots=48)), Linear(LinearConfig())
+    with_day, plain = (Linear(LinearConfig(slots=n, memory_seconds=1800)) for n in (48, 0))
     times = np.arange(0, 3.25 * DAY, 600) + 300
     for t in times:
         for forecaster in (with_day, plain):

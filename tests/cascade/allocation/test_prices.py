@@ -62,7 +62,7 @@ class TestDebt:
         assert ended(control, 1.5, 1).debt_C[1] == pytest.approx(0.5)
         window = ended(control, 0.8, 2)
         assert window.debt_C.tolist() == pytest.approx([0.0, 0.3])
-        assert ended(control, 0.2, 3).debt_C[1] == pytest.approx(-0.1)
+        assert ended(control, 0.2, 3).debt_C[1] == pytest.approx(-0.05)
 
     def test_the_next_budget_is_smaller_by_it(self):
         control = controlled(Buyer(), rho=0)
@@ -97,7 +97,7 @@ class TestStop:
         rng, allocator = np.random.default_rng(0), Buyer()
         control = controlled(allocator)
         served = serve(control, allocator, [requests(rng, 1800)])  # thrice what was foretold
-        assert served.spent_W[0] <= served.budget_W[0] * 1.05 + 16 * DEAREST
+        assert served.spent_W[0] <= served.budget_W[0] * 1.1 + 16 * DEAREST
         assert served.spent_W[0] > 0.95 * served.budget_W[0]
 
     def test_only_the_resource_that_ran_out_is_closed(self):
@@ -209,7 +209,7 @@ class TestWindows:
         control = controlled(Buyer())
         for t in range(5):
             window = control.close(60.0 * (t + 1))
-        assert window.next_budget.ms == pytest.approx(CAPACITY.ms * 60 * 1.1)
+        assert window.next_budget.ms == pytest.approx(CAPACITY.ms * 60 * 1.05)
         assert np.isfinite(window.prices_C).all()
 
     def test_state_goes_on(self):

@@ -92,10 +92,11 @@ class Last(Forecaster):
 class LinearConfig:
     """Settings of the linear forecaster."""
 
-    memory_seconds: float = 300.0
-    """A window counts 1/e of a new one after so long. Five windows or so: less follows noise, more lags behind a turn."""
-    limit: float = 3.0
-    """No rate is foretold above so many times the mean rate of the memory, nor below that mean divided by it."""
+    memory_seconds: float = 180.0
+    """A window counts 1/e of a new one after so long. Three windows or so: less follows noise, more lags behind a turn."""
+    limit: float = 1.25
+    """No rate is foretold above so many times the last window's, nor below it divided by this, chance aside: after a jump a line would
+    overshoot for as long as its memory holds the jump."""
     slots: int = 0
     """Parts into which the day is cut to learn its shape, such as 48; 0 = no daily profile."""
     profile_share: float = 0.3
@@ -132,15 +133,19 @@ class Linear(Forecaster):
         self._today_2S = np.zeros((2, config.slots))
         """Requests and seconds of the day that runs."""
         self._days = 0
+        self._last = np.zeros(2)
+        """Rate of the last window against the day's shape, and by how much chance may well have moved it: two deviations of its count."""
 
     def observe(self, count: float, seconds: float) -> None:
         """See Forecaster."""
         rate = _rate(count, seconds)
         middle = self._clock + seconds / 2
         self._shift(seconds)
-        y, t = rate / self._shape(middle), -seconds / 2
+        shape, t = self._shape(middle), -seconds / 2
+        y = rate / shape
         weight = seconds * np.exp(t / self.config.memory_seconds)
         self._sums += weight * np.array([1.0, t, t * t, y, t * y])
+        self._last = np.array([y, 2 * np.sqrt(max(count, 1.0)) / seconds / shape])
         self._clock += seconds
         if self.config.slots:
             slot = int(middle % DAY / DAY * self.config.slots)
@@ -156,15 +161,16 @@ class Linear(Forecaster):
         mean, spread = wy / w, wtt - wt * wt / w
         slope = (wty - wt * mean) / spread if spread > 1e-9 * wtt else 0.0  # one window has no slope
         level = mean + slope * (ahead - wt / w)
-        return float(
-            np.clip(level, mean / self.config.limit, mean * self.config.limit) * self._shape(self._clock + ahead)
-        )
+        last, chance = self._last
+        low, high = max(last / self.config.limit - chance, 0.0), last * self.config.limit + chance
+        return float(np.clip(level, low, high) * self._shape(self._clock + ahead))
 
     def state(self) -> Mapping[str, Float]:
         """See Forecaster."""
         return {
             "clock": np.array([self._clock, float(self._days)]),
             "sums": self._sums.copy(),
+            "last": self._last.copy(),
             "profile": self._profile_S.copy(),
             "today": self._today_2S.copy(),
         }
@@ -172,9 +178,10 @@ class Linear(Forecaster):
     def load_state(self, state: Mapping[str, Float]) -> None:
         """See Forecaster."""
         slots = self.config.slots
-        found = _fitting(state, {"clock": (2,), "sums": (5,), "profile": (slots,), "today": (2, slots)})
+        found = _fitting(state, {"clock": (2,), "sums": (5,), "last": (2,), "profile": (slots,), "today": (2, slots)})
         self._clock, self._days = float(found["clock"][0]), int(found["clock"][1])
-        self._sums, self._profile_S, self._today_2S = found["sums"], found["profile"], found["today"]
+        self._sums, self._last = found["sums"], found["last"]
+        self._profile_S, self._today_2S = found["profile"], found["today"]
 
     def _shift(self, seconds: float) -> None:
         """Now becomes so much later: times move away and weights fade."""
@@ -201,6 +208,7 @@ class Linear(Forecaster):
             mixed_S = np.maximum((1 - share) * self._profile_S + share * shape_S, LEAST_SHAPE)
             self._profile_S = mixed_S / mixed_S.mean()
             self._sums[3:] *= before / self._shape(self._clock)
+            self._last = self._last * before / self._shape(self._clock)
         self._today_2S = np.zeros_like(self._today_2S)
         self._days = int(self._clock // DAY)
 

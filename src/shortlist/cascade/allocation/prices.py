@@ -53,9 +53,9 @@ class PriceConfig:
     """How long prices stand. Shorter windows follow traffic faster; some hundred requests should fall into one."""
     rho: float = 0.3
     """Weight of the last window in what chains really cost against their calibration."""
-    credit: float = 0.1
+    credit: float = 0.05
     """What windows leave may be spent later, up to so many windows' budgets."""
-    margin: float = 0.05
+    margin: float = 0.1
     """A window stops (every request gets the cheapest chain) before it spends so many of its budgets above its allowance."""
     num_windows: int = 10
     """H: so many windows in a row spend at most (credit + margin) / H more than their budgets."""
