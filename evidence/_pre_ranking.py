@@ -21,7 +21,7 @@ from shortlist.data.batches import Batch, Candidates
 from shortlist.data.schema import Space
 from shortlist.evaluation.evidence import Arm, Judgement, Lab
 from shortlist.layers.field_matrix import FieldsConfig
-from shortlist.layers.scoring import HeadConfig, dense_bytes, task_losses
+from shortlist.layers.scoring import TowerConfig, dense_bytes, task_losses
 from shortlist.layers.selected_fields import PreRankingConfig, SelectableFields, State, measure_field_costs
 from shortlist.layers.selection import ChoiceConfig, CostConfig, GatesConfig, facts_of
 from shortlist.layers.towers import MLP
@@ -36,7 +36,7 @@ WEIGHTS = (1e-3, 3e-3, 1e-2)
 """Of the cost term; validation decides. Tried alike for cost-aware and cost-blind gates."""
 AS_GOOD = 0.002
 """Tries whose validation AUC is so near the best one's are as good; of these the cheapest is taken."""
-HEAD = HeadConfig(
+HEAD = TowerConfig(
     widths=(64, 32), activation="relu", dropout=0.0, use_user_ids=True, id_dropout=0.0, pair_bins=0, loss="bce"
 )
 

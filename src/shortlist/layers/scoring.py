@@ -294,8 +294,8 @@ class EventMarks(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeadConfig:
-    """Settings of the tower that ends a ranker of long histories, the same for all of them."""
+class TowerConfig:
+    """Settings of a plain tower over fields, the same for all rankers that end in one."""
 
     widths: tuple[int, ...] = (128, 64)
     """Hidden widths of the tower."""
@@ -313,10 +313,6 @@ class HeadConfig:
     """Bins of the piecewise-linear curve that each pair field may take; 0 = linear."""
     loss: RankingLoss = "softmax"
     """softmax over a request's candidates; bce gives scores that are logits of a probability. Rows with one candidate use bce."""
-    gates: GateConfig = GateConfig()  # noqa: RUF009  (frozen)
-    """Gates on the tower's input and hidden units: SENet, EPNet, PPNet, LHUC."""
-    apg: APGConfig = APGConfig()  # noqa: RUF009  (frozen)
-    """Hidden layers with weights made per row."""
 
     def check(self, system: str) -> None:
         """Raises ConfigError, in the name of `system`, where a number is out of range."""
@@ -327,6 +323,16 @@ class HeadConfig:
                 raise ConfigError(f"{system}: head.{name} must be from 0 to below 1, got {getattr(self, name)}")
         if self.loss not in ("softmax", "bce"):
             raise ConfigError(f"{system}: head.loss must be softmax or bce, got {self.loss!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig(TowerConfig):
+    """Settings of a tower that may have gates and generated weights."""
+
+    gates: GateConfig = GateConfig()  # noqa: RUF009  (frozen)
+    """Gates on the tower's input and hidden units: SENet, EPNet, PPNet, LHUC."""
+    apg: APGConfig = APGConfig()  # noqa: RUF009  (frozen)
+    """Hidden layers with weights made per row."""
 
 
 class CandidateHead(nn.Module):

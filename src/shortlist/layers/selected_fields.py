@@ -38,7 +38,7 @@ from shortlist.data.schema import Sequence as SequenceField
 from shortlist.errors import ConfigError
 from shortlist.layers.field_matrix import FieldMatrix, FieldsConfig, ItemColumns, field_names
 from shortlist.layers.field_tower import PairVectors
-from shortlist.layers.scoring import HeadConfig, SplitMLP, dense_bytes, task_losses
+from shortlist.layers.scoring import SplitMLP, TowerConfig, dense_bytes, task_losses
 from shortlist.layers.selection import ChoiceConfig, CostConfig, FieldChoice, FieldGates, choose, facts_of, field_costs
 from shortlist.layers.selection import linear_log as squashed
 from shortlist.registry import nearest
@@ -57,8 +57,8 @@ class PreRankingConfig:
     """Fields to choose from, and how wide their vectors are; empty names = all, those of match and pair included."""
     match: bool = True
     """Offer the match fields; for empty `fields.names` alone."""
-    head: HeadConfig = HeadConfig(widths=(64, 32), activation="relu", dropout=0.0)  # noqa: RUF009  (frozen)
-    """The tower. Its gates and apg must stay off."""
+    head: TowerConfig = TowerConfig(widths=(64, 32), activation="relu", dropout=0.0)  # noqa: RUF009  (frozen)
+    """The tower."""
     costs: CostConfig = CostConfig()  # noqa: RUF009  (frozen)
     """What a field costs."""
     choice: ChoiceConfig = ChoiceConfig()  # noqa: RUF009  (frozen)
@@ -68,10 +68,6 @@ class PreRankingConfig:
         """Raises ConfigError, in the name of `system`, for what can not be."""
         self.fields.check(system)
         self.head.check(system)
-        if self.head.gates.any or self.head.apg.mode != "off":
-            raise ConfigError(
-                f"{system}: head.gates and head.apg see all fields, so they can not be narrowed; leave them out"
-            )
 
 
 class State(NamedTuple):
@@ -297,9 +293,10 @@ class PreRankingBody(nn.Module):
             self.choice.cost_M = field_costs(facts_of(self.space, names), config.fields.dim, config.costs, o_M)
         choose(torch.ones(len(names)), self.choice.cost_M.cpu(), config.choice, self.needed_M)
 
-    def settle(self) -> None:
-        """Between the phases: choose by what the gates have learned, and narrow."""
-        assert self.gates is not None
+    def settle(self, view: View) -> None:
+        """Between the phases: choose by what the gates have learned, and narrow. Nothing where there are no gates; `view` is not read."""
+        if self.gates is None:
+            return
         self.choice.importance_M = self.gates.importance()
         self.narrow(choose(self.choice.importance_M.cpu(), self.choice.cost_M.cpu(), self.config.choice, self.needed_M))
 
@@ -356,7 +353,7 @@ class PreRankingBody(nn.Module):
             logit_tT, paid = self.tower(state.request_BX, side_tX, row_t), None
         else:
             x_tX = torch.cat([state.request_BX[row_t], side_tX], dim=1)
-            gated_tMD, paid = self.gates(x_tX.view(len(x_tX), -1, self.fields.dim), self.choice.cost_M)
+            gated_tMD, paid = self.gates(x_tX.view(-1, len(self.choice.names), self.fields.dim), self.choice.cost_M)
             logit_tT = self.tower.mlp(gated_tMD.flatten(1))
         return dict(zip(self.space.tasks, logit_tT.unbind(1), strict=True)), paid
 

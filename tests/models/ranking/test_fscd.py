@@ -10,8 +10,7 @@ from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Categorical, FieldTable
 from shortlist.errors import ConfigError
 from shortlist.layers.field_matrix import FieldsConfig
-from shortlist.layers.gates import GateConfig
-from shortlist.layers.scoring import HeadConfig
+from shortlist.layers.scoring import TowerConfig
 from shortlist.layers.selected_fields import (
     MatchFields,
     PreRankingConfig,
@@ -30,7 +29,7 @@ from shortlist.training.trainer import fit
 from support import planted_batch, planted_view
 
 FIELDS = FieldsConfig(dim=4, max_history=5)
-HEAD = HeadConfig(widths=(8,), activation="relu", dropout=0.0, id_dropout=0.0, pair_bins=2, use_user_ids=True)
+HEAD = TowerConfig(widths=(8,), activation="relu", dropout=0.0, id_dropout=0.0, pair_bins=2, use_user_ids=True)
 PAST, OFFERED = [[1, 2, 2, 7], [], [3, 11, 12]], [[2, 5, 11], [1], [12, 3]]
 KEPT = ("user.country", "context.rain", "history.category", "item.words", "match.category", "pair.since")
 ALL = (
@@ -60,8 +59,6 @@ def test_all_fields_are_offered_in_the_order_of_their_vectors():
     assert named.body.fields.names == ("item", "match.words", "pair.seen")
     with pytest.raises(ConfigError, match="did you mean match"):
         fscd(fields=replace(FIELDS, names=("mach",)))
-    with pytest.raises(ConfigError, match=r"fscd: head\.gates and head\.apg"):
-        FSCDConfig(head=HeadConfig(gates=GateConfig(senet=True)))
 
 
 def test_shares_of_the_past_by_brute_force():
@@ -270,7 +267,7 @@ def trained(system, **settings):
     names = tuple(f"context.{name}" for name in (*CHEAP, *DEAR, *NOISE))
     torch.manual_seed(0)
     costs = CostConfig(declared={f"context.{name}": 6.0 for name in DEAR}, width=0.0)
-    head = HeadConfig(widths=(16,), activation="relu", dropout=0.0, loss="bce")
+    head = TowerConfig(widths=(16,), activation="relu", dropout=0.0, loss="bce")
     config = system.Config(
         fields=FieldsConfig(dim=4, names=names), head=head, costs=costs, choice=ChoiceConfig(keep=SIGNALS), **settings
     )

@@ -26,11 +26,10 @@ from shortlist.data.batches import Batch, Candidates
 from shortlist.data.histories import View
 from shortlist.data.schema import Space
 from shortlist.layers.field_matrix import FieldsConfig
-from shortlist.layers.scoring import HeadConfig
+from shortlist.layers.scoring import TowerConfig
 from shortlist.layers.selected_fields import PreRankingBody, PreRankingConfig, State
 from shortlist.layers.selection import ChoiceConfig, ExcitationGates
 from shortlist.models.base import Cost, Losses, Phase, Ranker, RequestShape, Scores
-from shortlist.models.ranking.fscd import cost_of, phases_of
 from shortlist.registry import system
 
 
@@ -55,7 +54,7 @@ class COLDConfig(PreRankingConfig):
     cold_items=True,
     tiny={
         "fields": FieldsConfig(dim=8, max_history=10),
-        "head": HeadConfig(widths=(16,), activation="relu", dropout=0.0),
+        "head": TowerConfig(widths=(16,), activation="relu", dropout=0.0),
     },
 )
 class COLD(Ranker):
@@ -77,8 +76,10 @@ class COLD(Ranker):
         self.body.take_shape(tensors, "body.")
 
     def phases(self) -> tuple[Phase, ...]:
-        """Scores are learned, then fields chosen, then the rest trained on."""
-        return phases_of(self.body, self.losses)
+        """Scores are learned, then fields chosen, then the rest trained on; the last alone where the fields are settled."""
+        select = Phase(name="select", feed="candidates", losses=self.losses, epochs=self.config.choice.epochs)
+        tune = Phase(name="tune", feed="candidates", losses=self.losses, before=self.body.settle)
+        return (tune,) if self.body.gates is None else (select, tune)
 
     def user_state(self, batch: Batch) -> State:
         """What depends on the request alone."""
@@ -94,4 +95,8 @@ class COLD(Ranker):
 
     def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
         """Of the fields that are kept (before the choice: of all): their maps, their columns of the first layer, the rest of the tower."""
-        return cost_of(self.body, shape, cached)
+        return Cost(
+            user_flops=0.0 if cached else self.body.request_flops(shape.num_history),
+            item_flops=self.body.candidate_flops,
+            bytes=self.body.bytes_read(shape.num_history, shape.num_candidates, cached=cached),
+        )

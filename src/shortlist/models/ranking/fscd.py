@@ -22,7 +22,7 @@ B requests, t candidates end to end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,7 +31,7 @@ from shortlist.data.batches import Batch, Candidates
 from shortlist.data.histories import View
 from shortlist.data.schema import Space
 from shortlist.layers.field_matrix import FieldsConfig
-from shortlist.layers.scoring import HeadConfig
+from shortlist.layers.scoring import TowerConfig
 from shortlist.layers.selected_fields import PreRankingBody, PreRankingConfig, State
 from shortlist.layers.selection import ChoiceConfig, ConcreteGates, GatesConfig
 from shortlist.models.base import Cost, Losses, Phase, Ranker, RequestShape, Scores
@@ -57,7 +57,7 @@ class FSCDConfig(PreRankingConfig):
     cold_items=True,
     tiny={
         "fields": FieldsConfig(dim=8, max_history=10),
-        "head": HeadConfig(widths=(16,), activation="relu", dropout=0.0),
+        "head": TowerConfig(widths=(16,), activation="relu", dropout=0.0),
         "choice": ChoiceConfig(budget=0.5),
     },
 )
@@ -80,8 +80,10 @@ class FSCD(Ranker):
         self.body.take_shape(tensors, "body.")
 
     def phases(self) -> tuple[Phase, ...]:
-        """See the top of this file."""
-        return phases_of(self.body, self.losses)
+        """Choosing, then fine-tuning; the second alone where the fields are settled."""
+        select = Phase(name="select", feed="candidates", losses=self.losses, epochs=self.config.choice.epochs)
+        tune = Phase(name="tune", feed="candidates", losses=self.losses, before=self.body.settle)
+        return (tune,) if self.body.gates is None else (select, tune)
 
     def user_state(self, batch: Batch) -> State:
         """What depends on the request alone."""
@@ -97,23 +99,8 @@ class FSCD(Ranker):
 
     def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
         """Of the fields that are kept (before the choice: of all): their maps, their columns of the first layer, the rest of the tower."""
-        return cost_of(self.body, shape, cached)
-
-
-def phases_of(body: PreRankingBody, losses: Callable[[Batch], Losses]) -> tuple[Phase, ...]:
-    """Choosing and fine-tuning, or one phase where the fields are settled."""
-    if body.gates is None:
-        return (Phase(name="tune", feed="candidates", losses=losses),)
-    return (
-        Phase(name="select", feed="candidates", losses=losses, epochs=body.config.choice.epochs),
-        Phase(name="tune", feed="candidates", losses=losses, before=lambda view: body.settle()),
-    )
-
-
-def cost_of(body: PreRankingBody, shape: RequestShape, cached: bool) -> Cost:
-    """Cost of one request."""
-    return Cost(
-        user_flops=0.0 if cached else body.request_flops(shape.num_history),
-        item_flops=body.candidate_flops,
-        bytes=body.bytes_read(shape.num_history, shape.num_candidates, cached=cached),
-    )
+        return Cost(
+            user_flops=0.0 if cached else self.body.request_flops(shape.num_history),
+            item_flops=self.body.candidate_flops,
+            bytes=self.body.bytes_read(shape.num_history, shape.num_candidates, cached=cached),
+        )
