@@ -1,4 +1,4 @@
-"""Statistics of pairs of field values, such as the click rate of <item, user>, counted on a window of the history.
+"""Statistics of pairs of field values, such as a user's click rate on an item, counted on a window of the history.
 
 B requests, t candidates end to end, P pairs = R relations, N nodes (values of the crossed fields), E events of the window or edges (pairs
 that met).

@@ -14,8 +14,8 @@ candidate: a serving model computes it once for the whole catalogue and then cos
 Differences from the paper, whose formulas we know from its abstract, figures and readers' notes; the graph attention is reconstructed:
 1. Neighbours are the strongest ones, not sampled, so that scores repeat; by default by c_ij / sqrt(d_i d_j), since what everybody clicks
    would else be everybody's neighbour. b starts at 0.
-2. Each layer adds to its input, which trains far more stably than replacing it; U starts as [0, 1], so that a layer first adds the
-   positive part of what the neighbours say.
+2. Each layer adds to its input, which trains far more stably than replacing it; U starts as [0, identity], so that a layer first
+   adds the positive part of what the neighbours say.
 3. Aggregation runs once for each distinct item that a batch's pasts reach, so no tensor of requests x clicks x neighbours is made.
 4. A training request whose own outcome is among the clicks that were counted reads a graph counted without its user: else the edge from
    its last click to its target tells the label, and is missing when it matters. `folds` such graphs are kept beside the whole one. Where

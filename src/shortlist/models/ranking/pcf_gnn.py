@@ -1,4 +1,4 @@
-"""PCF-GNN: statistics of pairs of field values, such as the click rate of <user, item>, told by a pre-trained graph network, not stored.
+"""PCF-GNN: statistics of pairs of field values, such as a user's click rate on an item, told by a pre-trained graph network, not stored.
 
 "Explicit Semantic Cross Feature Learning via Pre-trained Graph Neural Networks for CTR Prediction", Li et al., SIGIR 2021 (arXiv
 2105.07752). Nodes are the values of the crossed fields; an edge of relation r joins the two values of pair r that met in the history
