@@ -25,7 +25,7 @@ from shortlist.metrics import Interval, auc
 SHARED, FIELD, WIDER, EPNET = "shared", "domain as a field", "domain as a field, as large as EPNet", "EPNet"
 DNN: dict[str, Any] = {"loss": "bce", "use_user_ids": True}
 GATED: dict[str, Any] = {**DNN, "gates": GateConfig(epnet=("item.domain",))}
-FULL = Training(epochs=4, batch_size=256, lrs=(1e-3, 3e-3), patience=1)
+FULL = Training(epochs=3, batch_size=256, lrs=(1e-3, 3e-3), patience=1)
 QUICK = Training(epochs=1, batch_size=64, lrs=(1e-2,), patience=2, max_history=20)
 LEAST_SHARE, SMALL_SHARE = 0.03, 0.1
 GAIN, LOSS = 0.002, 0.001

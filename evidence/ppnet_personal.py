@@ -25,7 +25,7 @@ GATED: dict[str, dict[str, Any]] = {
     "LHUC": {**DNN, "gates": GateConfig(lhuc="user")},
 }
 KINDS = {"PPNet": PPNet, "LHUC": LHUC}
-FULL = Training(epochs=4, batch_size=256, lrs=(1e-3, 3e-3), patience=1)
+FULL = Training(epochs=3, batch_size=256, lrs=(1e-3, 3e-3), patience=1)
 QUICK = Training(epochs=1, batch_size=64, lrs=(1e-2,), patience=2, max_history=20)
 LEAST, SPREAD = 0.001, 0.02
 

@@ -78,6 +78,16 @@ def test_items_that_only_the_run_knows_are_left_out(shop):
         policy_of(load_run(shop), strangers)
 
 
+def test_what_is_trained_on_it_says_so(shop, log, tmp_path):
+    world, run = tmp_path / "world.parquet", tmp_path / "run"
+    succeeds("simulate", log, "--out", world, "--requests", 1_500, "--k", 5, "--policy", "best")
+    config = shop.parents[1] / "counted.toml"
+    said = succeeds("train", world, "--config", config, "--out", run, "--quiet").out
+    assert "simulated requests" in said
+    assert "Note: Simulated:" in succeeds("evaluate", run).out
+    assert "Simulated: a world with known truth" in (tmp_path / "run-report" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "word"),
     [

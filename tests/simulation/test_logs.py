@@ -107,7 +107,10 @@ def test_everything_made_from_it_says_simulated(made, shop_log, tmp_path):
     assert "imulated" not in build_dataset(shop_log).split.note
     dataset = build_dataset(made.log)
     dataset.save(tmp_path / "dataset")
-    assert Dataset.load(tmp_path / "dataset").split.note.startswith("Simulated:")
+    again = Dataset.load(tmp_path / "dataset")
+    assert again.split.note.startswith("Simulated:")
+    assert again.simulated
+    assert not build_dataset(shop_log).simulated
     path = tmp_path / "log.parquet"
     made.log.events.drop("group_id").write_parquet(path)
     stored = ingest(path, tmp_path / "big")

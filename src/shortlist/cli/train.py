@@ -76,7 +76,8 @@ def command(
     by_task = {s["name"]: s["tasks"] for s in run.metrics["systems"] if s.get("tasks")}
     if by_task:
         typer.echo("\n" + "\n".join(aligned(task_rows(by_task))))
-    typer.echo(f"\nvalidation page: ndcg@{k} {valid[f'ndcg@{k}']:.4f} on {valid['requests']:,} requests\n")
+    asked = "simulated requests" if run.dataset.simulated else "requests"
+    typer.echo(f"\nvalidation page: ndcg@{k} {valid[f'ndcg@{k}']:.4f} on {valid['requests']:,} {asked}\n")
     typer.echo(losses_text(valid["lost_at"]))
     if page is not None:
         typer.echo(f"\nThe report is in {page}.")

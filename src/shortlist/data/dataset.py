@@ -108,6 +108,11 @@ class Dataset:
         """n: items of the catalogue."""
         return self.space.num_items
 
+    @property
+    def simulated(self) -> bool:
+        """A world of `shortlist.simulation` drew the log, not people."""
+        return self.split.note.startswith(_SIMULATED_NOTE)
+
     def view(self, window: Window = "fit") -> View:
         """Events before the window starts, with the users and items known by then; "end" = all events.
 

@@ -97,7 +97,7 @@ class CountOrder:
         for axis, size in enumerate(self.shape[1:], start=2):
             if size > 1:
                 np.maximum.accumulate(grid, axis=axis, out=grid)
-        return grid.reshape(len(values_RJ), -1)[:, self.cell_J]
+        return grid_RX[:, self.cell_J]
 
     def pairs(self) -> tuple[Int, Int]:
         """Numbers of all pairs (below, above) of different chains."""
@@ -183,7 +183,7 @@ class RewardModel:
         }
         if self._net is None:
             return arrays | {"linear": self._weight_GJ}
-        return arrays | {f"net.{n}": p.numpy().astype(np.float64) for n, p in self._net.state_dict().items()}
+        return arrays | {f"net.{n}": np.array(p.numpy(), dtype=np.float64) for n, p in self._net.state_dict().items()}
 
     def load_state(self, state: Mapping[str, Float]) -> None:
         """Restore what `state` gave; DataError names the first array that is missing or of another shape, and nothing changes."""
@@ -201,7 +201,7 @@ class RewardModel:
             self._weight_GJ = np.array(state["linear"], dtype=np.float64)
         else:
             kept = self._net.state_dict()
-            self._net.load_state_dict({n: torch.from_numpy(state[f"net.{n}"]).to(p.dtype) for n, p in kept.items()})
+            self._net.load_state_dict({n: torch.tensor(state[f"net.{n}"], dtype=p.dtype) for n, p in kept.items()})
 
     def _forward(self, x_RF: Tensor) -> Tensor:
         if isinstance(self._net, Recursive):

@@ -1,0 +1,301 @@
+"""A late task in a cascade: when outcomes came, the rule's samples at the end of the fit window, and a run from log to page."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from shortlist.cascade import build
+from shortlist.cascade.config import Learning, RunConfig
+from shortlist.cascade.delayed import DelayedSource, delayed_lessons
+from shortlist.cascade.lessons import Lessons, make_batch
+from shortlist.cascade.run import load_run
+from shortlist.cascade.tasks import DELAY, ActionLabels, ShownLabels, check_tasks
+from shortlist.data.dataset import build_dataset
+from shortlist.data.jagged import Jagged
+from shortlist.data.log import read
+from shortlist.data.splits import WINDOW_NUMBER, DataConfig
+from shortlist.errors import ConfigError
+from shortlist.models.ranking.shared_bottom import SharedBottom
+from shortlist.training.config import FeedbackChoice
+from shortlist.training.feedback.base import LATE, NEGATIVE, POSITIVE, SETTLED_NEGATIVE, make_feedback
+
+HOUR = 3_600
+TASKS = ("click", "purchase")
+
+
+def clicks_and_purchases(seed: int = 0, *, num_events: int = 700) -> pl.DataFrame:
+    """Clicks at random moments; half of them are followed by a purchase of the same item, within the hour or up to four days later."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(num_events):
+        user, item, at = (
+            f"u{rng.integers(12)}",
+            f"i{rng.integers(15)}",
+            1_600_000_000 + int(rng.integers(60 * 24)) * HOUR,
+        )
+        rows.append((user, item, at, "click"))
+        if rng.random() < 0.5:
+            rows.append((user, item, at + int(rng.choice([0, 1_800, 20 * HOUR, 90 * HOUR])), "purchase"))
+    return pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "action"], orient="row")
+
+
+CONFIG = """
+[data]
+target_actions = ["click"]
+[surface]
+k = 3
+combine = "product"
+task_weights = {click = 1.0, purchase = 1.0}
+[learning]
+tasks = ["click", "purchase"]
+chained = true
+task_hours = 100.0
+[learning.feedback]
+rule = "defuse"
+observation_hours = 1.0
+auxiliary_epochs = 2
+[trainer]
+epochs = 2
+batch_size = 32
+[stages.retrieval]
+systems = ["popularity"]
+keep = 12
+[stages.ranking]
+systems = ["shared-bottom"]
+[systems.shared-bottom]
+widths = [8]
+tower_widths = []
+"""
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return build_dataset(read(clicks_and_purchases()), DataConfig(target_actions=("click",), repeats="yes"))
+
+
+def learning_of(rule: str, **given) -> Learning:
+    feedback = FeedbackChoice(rule=rule, **given)
+    return Learning(tasks=TASKS, task_hours=100.0, chained=True, feedback=feedback)
+
+
+def rows_of(requests, seed=0):
+    rng = np.random.default_rng(seed)
+    return Jagged.from_rows([(rng.permutation(15)[:10] + 1).tolist() for _ in range(len(requests))])
+
+
+def lessons_of(dataset, learning) -> Lessons:
+    requests = dataset.split.fit
+    rows = rows_of(requests)
+    labels = ActionLabels(dataset, learning, "fit", "purchase")(requests, rows)
+    total = len(rows.values)
+    pair = {"number": torch.arange(total).float()}
+    return Lessons(
+        requests=requests, rows=rows, pair=pair, label=labels["click"], worth=torch.zeros(total), labels=labels
+    )
+
+
+def test_delays_against_plain_python(dataset):
+    requests = dataset.split.fit
+    rows = rows_of(requests)
+    told = ActionLabels(dataset, learning_of("fnw"), "fit", "purchase")(requests, rows)
+    plain = ActionLabels(dataset, learning_of("fnw"), "fit")(requests, rows)
+    assert list(plain) == ["click", "purchase"]
+    for task in TASKS:
+        np.testing.assert_array_equal(told[task], plain[task])
+    h, number = dataset.histories, dataset.space.actions.index("purchase") + 1
+    at = 0
+    for r in range(len(requests)):
+        waited = {}
+        for e in range(requests.end[r], h.offsets[requests.user[r] + 1]):
+            d = int(h.time[e] - requests.time[r])
+            if h.action[e] == number and d <= 100 * HOUR and dataset.plan.window_of_event[e] <= WINDOW_NUMBER["fit"]:
+                waited.setdefault(int(h.item[e]), d)
+        for row in rows.values[rows.offsets[r] : rows.offsets[r + 1]].tolist():
+            np.testing.assert_equal(told[DELAY][at].item(), float(waited.get(row, np.nan)))
+            at += 1
+    clicked = told["click"] == 1
+    assert (told[DELAY][clicked].isnan() == (told["purchase"][clicked] == 0)).all()
+    assert told[DELAY].nan_to_num().max() > 80 * HOUR
+
+
+@pytest.mark.parametrize("rule", ["vanilla", "fnw", "fsiw", "es-dfm", "defer", "defuse"])
+def test_samples_against_plain_python(dataset, rule):
+    """Of every candidate what the rule's stream has emitted by the end of the window; nothing else is lost or doubled."""
+    learning = learning_of(rule)
+    lessons = lessons_of(dataset, learning)
+    made = delayed_lessons(lessons, dataset, learning, make_feedback(learning.feedback))
+    now = dataset.plan.now["valid"] - 1
+    found = {}
+    new, at = made.lessons, 0
+    for r in range(len(new.requests)):
+        for _ in range(int(new.rows.lengths[r])):
+            number = int(new.pair["number"][at])
+            label, sample = new.labels["purchase"][at].item(), int(made.sample[at])
+            kind = -1 if sample < 0 else int(made.emitted.kind[sample])
+            assert np.isnan(label) == (sample < 0)
+            assert int(new.rows.values[at]) == int(lessons.rows.values[number])
+            assert int(lessons.rows.row_of_value[number]) == r
+            found.setdefault(number, []).append((kind, label, new.labels["click"][at].item()))
+            at += 1
+    assert at == len(new.rows.values)
+    for number, copies in found.items():
+        assert copies[0][2] == lessons.labels["click"][number].item()
+        assert all(np.isnan(click) for _, _, click in copies[1:])
+        kinds = [kind for kind, _, _ in copies if kind >= 0]
+        clicked, delay = lessons.labels["click"][number] == 1, lessons.labels[DELAY][number].item()
+        age = now - int(lessons.requests.time[lessons.rows.row_of_value[number]])
+        assert kinds == _plainly(rule, bool(clicked), delay, age)
+    assert len(found) == len(lessons.rows.values)
+    assert (made.emitted.emitted_at <= now).all()
+
+
+def _plainly(rule, clicked, delay, age):
+    """Kinds of samples of a candidate of that age, in the order of emission."""
+    if not clicked or (rule != "fnw" and age < HOUR):
+        return []
+    bought = not np.isnan(delay)
+    if rule == "fnw":
+        return [NEGATIVE] + [LATE] * bought
+    first = POSITIVE if bought and delay <= HOUR else NEGATIVE
+    late = bought and delay > HOUR
+    if rule == "vanilla":
+        return [first]
+    if rule == "fsiw":
+        return [LATE if late else first]
+    kinds = [first] + [LATE] * late
+    if rule == "defer" and age >= 100 * HOUR + 1 and not late:
+        kinds.append(4 if first == POSITIVE else SETTLED_NEGATIVE)
+    return kinds
+
+
+def test_batches_hand_the_task_to_the_rule(dataset, tmp_path):
+    """Labels of the late task are gone, a criterion stands for them; its loss is the rule's over the samples of the batch."""
+    config = RunConfig.from_toml(CONFIG)
+    seen, made = [], build.delayed_source
+
+    def spied(*args, **kwargs):
+        seen.append(made(*args, **kwargs))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "delayed_source", spied)
+        run = build.train_unsaved(dataset, config, tmp_path / "state", progress=False)
+    (source,) = seen
+    assert isinstance(source, DelayedSource)
+    (system,) = (s for name, s in run.cascade.systems.items() if name == "shared-bottom")
+    batch = next(iter(source.batches(0)))
+    assert list(batch.labels) == ["click"]
+    (criterion,) = batch.criteria
+    asked = batch.sample_kind >= 0
+    assert torch.equal(asked, ~criterion.seen.label.isnan())
+    assert ((batch.emitted_at >= 0) == asked).all()
+    with torch.no_grad():
+        scores, losses = system.score(batch), system.losses(batch)
+    expected = source.rule.losses(scores["purchase"][asked][:, None], criterion.seen.select(asked)).mean()
+    torch.testing.assert_close(losses["purchase"], expected)
+    assert set(criterion.seen.auxiliary) == {"f_dp", "f_rn"}
+    told = next(s["tasks"] for s in run.metrics["systems"] if s["name"] == "shared-bottom")
+    assert told["purchase"]["candidates"] > 0
+
+
+def test_a_run_is_saved_and_makes_pages(dataset, tmp_path):
+    """Also where training was killed twice: in the auxiliary network and in the ranker."""
+    config = RunConfig.from_toml(CONFIG)
+    whole, left = SharedBottom.losses, [0]
+
+    def losses(self, batch):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("killed")
+        return whole(self, batch)
+
+    config = config.override(
+        "trainer.checkpoint_seconds=0", "trainer.device=cpu", "trainer.epochs=1", "learning.feedback.auxiliary_epochs=1"
+    )
+    build.train_cascade(dataset, config, tmp_path / "run", progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedBottom, "losses", losses)
+        for steps in (2, 4):
+            left[0] = steps
+            with pytest.raises(RuntimeError, match="killed"):
+                build.train_cascade(dataset, config, tmp_path / "other", progress=False)
+    build.train_cascade(dataset, config, tmp_path / "other", progress=False)
+    one, other = load_run(tmp_path / "run"), load_run(tmp_path / "other")
+    assert one.config.learning.feedback == config.learning.feedback
+    weights = [run.cascade.systems["shared-bottom"].state_dict() for run in (one, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    page = one.cascade.run(make_batch(dataset, dataset.split.test.select(np.arange(4)), 20))
+    assert page.rows.shape == (4, 3)
+    assert (page.rows > 0).all()
+    assert not [problem for trace in page.traces for problem in trace.problems]
+
+
+def test_the_chance_of_a_late_purchase_is_not_too_low(tmp_path):
+    """Half of all clicks end in a purchase, three quarters of these after the hour; what the ranker says after training, on average."""
+    dataset = build_dataset(
+        read(clicks_and_purchases(1, num_events=1_500)),
+        DataConfig(target_actions=("click",), repeats="yes", fit_share=0.5),
+    )
+    told = {}
+    for rule in ("vanilla", "defuse"):
+        config = RunConfig.from_toml(CONFIG).override(
+            f"learning.feedback.rule={rule}", "trainer.epochs=3", "trainer.lr=0.02", "trainer.device=cpu"
+        )
+        run = build.train_unsaved(dataset, config, tmp_path / rule, progress=False)
+        batch = make_batch(dataset, dataset.split.valid, 20)
+        rows = Jagged.from_rows(
+            [[r] for r in dataset.split.valid.target[dataset.split.valid.target_offsets[:-1]].tolist()]
+        )
+        system = run.cascade.systems["shared-bottom"]
+        pair = {f.name: torch.zeros(len(rows.values)) for f in system.space.pair_fields}
+        with torch.no_grad():
+            told[rule] = system.score(batch.with_candidates(rows, pair))["purchase"].sigmoid().mean().item()
+    assert told["vanilla"] < 0.36
+    assert 0.4 < told["defuse"] < 0.6
+
+
+def test_logged_pages_tell_hours():
+    shown = Jagged.from_rows([[3, 1], [7]])
+    columns = {
+        "click": torch.tensor([1.0, 1, 1]),
+        "purchase": torch.tensor([1.0, 0, 1]),
+        "hours": torch.tensor([2.5, 9, 0]),
+    }
+    learning = Learning(tasks=TASKS, candidates="logged", feedback=FeedbackChoice(rule="fnw", delay="hours"))
+    rows = Jagged.from_rows([[7], [1, 3]])
+    told = ShownLabels(learning, shown, columns, "purchase")(np.array([1, 0]), rows)
+    np.testing.assert_array_equal(told[DELAY], [0, np.nan, 9_000])
+    assert list(ShownLabels(learning, shown, columns)(np.array([1, 0]), rows)) == ["click", "purchase"]
+
+
+def test_settings_survive_the_file():
+    config = RunConfig.from_toml(CONFIG)
+    assert RunConfig.from_toml(config.to_toml()) == config
+    assert config.learning.late_task == "purchase"
+    assert config.override("learning.feedback.rule=none").learning.late_task == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        (["learning.feedback.rule=defus"], "defuse"),
+        (["learning.feedback.rule=dfm"], "streaming trainer alone"),
+        (["learning.feedback.rule=label-oracle"], "before they are there"),
+        (["learning.feedback.task=buy"], "buy"),
+        (["learning.feedback.observation_hours=100.5"], "shorter than"),
+        (["surface.objective=value"], "objective"),
+        (["learning.chained=false", "learning.num_negatives=4"], "num_negatives"),
+        (["learning.candidates=logged"], "delay"),
+        (["learning.feedback.settings={posterior='x'}"], "posterior"),
+    ],
+)
+def test_wrong_settings_are_refused(changes, word):
+    with pytest.raises(ConfigError, match=word):
+        RunConfig.from_toml(CONFIG).override(*changes)
+
+
+def test_a_log_that_does_not_tell_times_is_refused():
+    dataset = build_dataset(read(clicks_and_purchases(num_events=200).drop("timestamp")), DataConfig(repeats="yes"))
+    with pytest.raises(ConfigError, match="moments"):
+        check_tasks(RunConfig.from_toml(CONFIG), dataset)
