@@ -83,7 +83,10 @@ class Funnel:
 
         size = len(STAGES)
         return cls(
-            speed_FK=direction(0.8, size), level_FK=direction(0.6, size), better_FK=direction(0.8, size), value_F=direction(1.0)
+            speed_FK=direction(0.8, size),
+            level_FK=direction(0.6, size),
+            better_FK=direction(0.8, size),
+            value_F=direction(1.0),
         )
 
     def contexts(self, number: int, seed: int) -> Float:

@@ -25,7 +25,7 @@ from shortlist.data.datasets import load
 from shortlist.data.histories import Histories, Int, Requests, View
 from shortlist.data.jagged import Jagged
 from shortlist.data.samplers import PopularitySampler, UniformSampler, draw_outside
-from shortlist.data.schema import FieldTable, Space
+from shortlist.data.schema import Categorical, FieldTable, Space
 from shortlist.data.schema import Sequence as SequenceField
 from shortlist.metrics import Interval, auc, auc_per_user, bootstrap_ratio, gauc
 from shortlist.models.base import Losses, Ranker, RequestShape, System
@@ -90,16 +90,20 @@ class Training:
     max_history: int = 50
 
 
-def films(root: Path | None, *, num_users: int | None = None) -> World:
+def films(root: Path | None, *, num_users: int | None = None, user_fields: tuple[str, ...] = ()) -> World:
     """ML-1M in the exact order of each user, without times: liked = rating of 4 or 5, where the label is known; planted without a root.
 
     A user's first eighty percent train, the next ten validate, the last ten test. Whether a past film was liked is read as its action.
+    `user_fields` names columns of users to read as categories.
     """
     if root is None:
         events, items = planted_films()
+        people = events.select("user_id", *((pl.col("user_id") % 5).alias(name) for name in user_fields)).unique()
     else:
         log = load("ml-1m", root)
         assert log.items is not None
+        assert log.users is not None
+        people = log.users
         items = log.items.select("item_id", attributes="genres")
         events = log.events.filter(pl.col("rating_le3").is_not_null()).select(
             "user_id", "item_id", liked=~pl.col("rating_le3")
@@ -127,7 +131,9 @@ def films(root: Path | None, *, num_users: int | None = None) -> World:
     has_past = place[first] > 0
     requests = _requests(histories, first)
     parts = [_kept(requests, rows, label, has_past & (part[first] == p)) for p in range(3)]
-    return _world(histories, item_table, part == 0, parts, actions=("liked", "not liked"), has_clock=False)
+    world = _world(histories, item_table, part == 0, parts, actions=("liked", "not liked"), has_clock=False)
+    present = events.select(pl.col("user_id").unique(maintain_order=True))
+    return _with_user_fields(world, present.join(people, on="user_id", how="left", maintain_order="left"), user_fields)
 
 
 def purchases(
@@ -304,6 +310,18 @@ def _world(
     users = FieldTable(histories.num_users + 1)
     view = View(histories=trained, space=space, users=users, now=int(histories.time.max()))
     return World(histories=histories, view=view, users=users, train=parts[0], valid=parts[1], test=parts[2])
+
+
+def _with_user_fields(world: World, people: pl.DataFrame, names: tuple[str, ...]) -> World:
+    """The same with columns of its users, one row each in their order, as categories."""
+    fields, columns = [], {}
+    for name in names:
+        values, code = np.unique(people[name].to_numpy(), return_inverse=True)
+        fields.append(Categorical(name=name, size=len(values)))
+        columns[name] = torch.from_numpy(np.append(0, code + 1))
+    users = FieldTable(world.users.num_rows, tuple(fields), columns)
+    space = replace(world.space, user_fields=tuple(fields))
+    return replace(world, users=users, view=replace(world.view, users=users, space=space))
 
 
 def trained(

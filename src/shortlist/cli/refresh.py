@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from shortlist.cli._bar import bars
 from shortlist.cli._options import Json, Quiet, RunFolder
-
-if TYPE_CHECKING:
-    from shortlist.cascade.summaries import Done
 
 
 def command(
@@ -46,8 +42,14 @@ def command(
     live = load_live(folder)
     store = None if found is None else EventStore(found, max_per_user=ALL_EVENTS)
     try:
-        with _bar(shown=not quiet) as tell:
-            done = refresh(live, folder, events=store, fresh=fresh, tell=tell)
+        with bars(shown=not quiet) as tell:
+            done = refresh(
+                live,
+                folder,
+                events=store,
+                fresh=fresh,
+                tell=lambda d: tell(d.system, d.num_users, d.of_users),
+            )
     finally:
         if store is not None:
             store.close()
@@ -60,26 +62,3 @@ def command(
         typer.echo(json.dumps(rows, indent=1))
         return
     typer.echo("\n".join(told(done)))
-
-
-@contextmanager
-def _bar(*, shown: bool) -> Iterator[Callable[[Done], None]]:
-    """A moving bar on a terminal; nothing elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not shown or not console.is_terminal:
-        yield lambda done: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        tasks: dict[str, object] = {}
-
-        def tell(done: Done) -> None:
-            if done.system not in tasks:
-                tasks[done.system] = progress.add_task(done.system, total=done.of_users)
-            progress.update(tasks[done.system], completed=done.num_users)  # type: ignore[arg-type]
-
-        yield tell

@@ -63,7 +63,7 @@ def curve_figure(name: str, points: Sequence[Mapping[str, Any]], best_epoch: int
     from matplotlib.ticker import MaxNLocator
 
     scored = [(n, p["score"]) for n, p in enumerate(points, start=1) if p["score"] is not None]
-    figure, axes = _figure(3.3, 2 if scored else 1)
+    figure, axes = empty_figure(3.3, 2 if scored else 1)
     numbers = list(range(1, len(points) + 1))
     axes[0].plot(numbers, [p["loss"] for p in points], color=OTHER, marker="o", markersize=3)
     axes[0].set_ylabel("training loss")
@@ -104,7 +104,7 @@ def bars(
         accents: names of the bars in the accent colour.
         form: writes a value.
     """
-    figure, (axis,) = _figure(0.34 * len(values) + 0.7, 1)
+    figure, (axis,) = empty_figure(0.34 * len(values) + 0.7, 1)
     names, places = list(values), range(len(values))
     lengths = list(values.values())
     axis.barh(places, lengths, height=0.66, color=[ACCENT if name in accents else OTHER for name in names])
@@ -147,7 +147,7 @@ def inline(figure: Figure, *, alt: str, key: str) -> str:
     return f'<svg role="img" aria-label="{html.escape(alt)}" {box[0]}>{rest}'
 
 
-def _figure(height: float, panels: int) -> tuple[Figure, list[Axes]]:
+def empty_figure(height: float, panels: int) -> tuple[Figure, list[Axes]]:
     """A figure with panels above each other that share their x axis."""
     import matplotlib as mpl
     from matplotlib.figure import Figure

@@ -111,6 +111,35 @@ def test_totals_of_defuse_and_es_dfm(p, h):
         assert float((down_n * mass_n).sum()) == pytest.approx((1 - p) * (1 + dp))
 
 
+@pytest.mark.parametrize(
+    ("name", "closed"),
+    [
+        ("vanilla", lambda f, p, dp: f - p + dp),
+        ("fnw", lambda f, p, dp: (1 + f) * (1 - f) * (f - p)),
+        ("fnc", lambda f, p, dp: f * (1 + p) - p),
+        ("fsiw", lambda f, p, dp: f - p),
+        ("es-dfm", lambda f, p, dp: (1 + dp) * (f - p)),
+        ("defuse", lambda f, p, dp: (1 + dp) * (f - p)),
+        ("defer", lambda f, p, dp: 2 * f * (1 - f) * (f - p) / ((f - dp / 2) * (1 - f + dp / 2))),
+    ],
+)
+def test_expected_gradients_in_closed_form(name, closed):
+    """Per click and with respect to the logit, at any chance f that the network tells."""
+    rule = rule_of(name)
+    for p, h in GRID:
+        if h == 1 and name == "fsiw":
+            continue
+        table = masses(rule.stream, p, h)
+        seen, mass_n = (
+            seen_of([kind for kind, _ in table], p, h),
+            torch.tensor([m for _, m in table], dtype=torch.float64),
+        )
+        for f in (0.61, 0.8, 0.97):
+            logit = torch.full((1, 1), math.log(f / (1 - f)), dtype=torch.float64, requires_grad=True)
+            (rule.losses(logit.expand(len(table), -1), seen) * mass_n).sum().backward()
+            assert logit.grad.item() == pytest.approx(closed(f, p, p * h), rel=1e-6)
+
+
 def test_weights_by_kind():
     p, h = 0.2, 0.5
     kinds = [POSITIVE, LATE, NEGATIVE]

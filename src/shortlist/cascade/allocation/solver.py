@@ -57,7 +57,7 @@ class Solution:
 def paid(costs: Float, prices_C: Float) -> Float:
     """What chains cost at these prices: [..., C] -> [...].
 
-    Summed resource by resource, as bisection does, so that a choice between nearly equal chains falls the same way in both.
+    Summed resource by resource, so that one request alone and a whole table are rounded alike and nearly equal chains choose alike.
     """
     total: Float = costs[..., 0] * prices_C[0]
     for c in range(1, len(prices_C)):
@@ -91,15 +91,16 @@ def solve(values_RJ: Float, costs: Float, limits_C: Float, *, fill: bool = False
     Raises DataError for shapes that do not fit, NaN, or a request without a chain.
     """
     limits_C = np.atleast_1d(np.asarray(limits_C, dtype=np.float64))
-    table = _Table(values_RJ, _with_resources(costs, values_RJ.shape, len(limits_C)))
+    table = _checked(values_RJ, costs, len(limits_C))
     limited_L = np.flatnonzero(np.isfinite(limits_C))
     prices_C = np.zeros(len(limits_C))
     if len(limited_L):
-        prices_C[limited_L] = _prices(_Table(values_RJ, table.costs_CJx[limited_L]), limits_C[limited_L])
-    chain_R, cost_C = table.pick(prices_C)
+        prices_C[limited_L] = _prices(_Table(values_RJ, table.costs_xJL[:, :, limited_L]), limits_C[limited_L])
+    chain_R = table.chains(prices_C)
+    cost_C = table.cost(chain_R)
     feasible = bool((cost_C <= limits_C).all())
     if fill and feasible:
-        chain_R = filled(values_RJ, table.costs_CJx, chain_R, limits_C, prices_C)
+        chain_R = filled(values_RJ, table.costs_xJL, chain_R, limits_C, prices_C)
         cost_C = table.cost(chain_R)
     value = float(values_RJ[np.arange(len(chain_R)), chain_R].mean())
     return Solution(prices_C=prices_C, chain_R=chain_R, cost_C=cost_C, value=value, feasible=feasible)
@@ -108,7 +109,7 @@ def solve(values_RJ: Float, costs: Float, limits_C: Float, *, fill: bool = False
 def _prices(table: _Table, limits_L: Float) -> Float:
     """Prices [L] where every resource of the table has a limit."""
     free_L, direction_L = np.zeros(len(limits_L)), 1.0 / np.maximum(limits_L, 1e-300)
-    if (table.pick(free_L)[1] <= limits_L).all():
+    if (table.cost(table.chains(free_L)) <= limits_L).all():
         return free_L
     if len(limits_L) == 1:
         return _along(table, free_L, direction_L, limits_L)
@@ -116,36 +117,36 @@ def _prices(table: _Table, limits_L: Float) -> Float:
     return _along(table, start_L, scale_L, limits_L)
 
 
-def filled(values_RJ: Float, costs_CJx: Float, chain_R: Int, limits_C: Float, prices_C: Float) -> Int:
+def filled(values_RJ: Float, costs_xJC: Float, chain_R: Int, limits_C: Float, prices_C: Float) -> Int:
     """int64 [R]: `chain_R` with upgrades bought from what it leaves of the limits, the most value per paid unit first.
 
     Each round takes the best upgrade of every request, sorts them and takes as many as fit, until none fits.
 
     Args:
         values_RJ: worth of chains.
-        costs_CJx: by resource and chain, then 1 or R.
+        costs_xJC: costs of chains, x = 1 or R.
         chain_R: within the limits.
         limits_C: mean cost per request.
         prices_C: weigh resources against each other; where all are 0, the limits do.
     """
     request_R, chain_R = np.arange(len(chain_R)), chain_R.copy()
-    costs_CRJ = np.broadcast_to(costs_CJx.transpose(0, 2, 1), (len(limits_C), *values_RJ.shape))
+    costs_RJC = np.broadcast_to(costs_xJC, (*values_RJ.shape, len(limits_C)))
     weight_C = prices_C if prices_C.any() else 1.0 / limits_C
     total_C = limits_C * len(chain_R) * (1 - WIDTH)  # sums are rounded
     for _ in range(FILLS):
-        left_C = total_C - costs_CRJ[:, request_R, chain_R].sum(1)
+        spent_RC = costs_RJC[request_R, chain_R]
+        left_C = total_C - spent_RC.sum(0)
         gain_RJ = values_RJ - values_RJ[request_R, chain_R][:, None]
-        extra_CRJ = costs_CRJ - costs_CRJ[:, request_R, chain_R][:, :, None]
-        fits_RJ = (gain_RJ > 0) & (extra_CRJ <= left_C[:, None, None]).all(0)
+        extra_RJC = costs_RJC - spent_RC[:, None]
+        fits_RJ = (gain_RJ > 0) & (extra_RJC <= left_C).all(2)
         if not fits_RJ.any():
             break
-        more_RJ = np.tensordot(weight_C, extra_CRJ, 1)
-        rate_RJ = np.where(fits_RJ, gain_RJ / np.maximum(more_RJ, 1e-300), -np.inf)
+        rate_RJ = np.where(fits_RJ, gain_RJ / np.maximum(paid(extra_RJC, weight_C), 1e-200), -np.inf)
         best_R = rate_RJ.argmax(1)
         buyers = np.flatnonzero(fits_RJ.any(1))
         buyers = buyers[np.argsort(-rate_RJ[buyers, best_R[buyers]], kind="stable")]
-        spent_CB = extra_CRJ[:, buyers, best_R[buyers]].cumsum(1)
-        taken = buyers[np.logical_and.accumulate((spent_CB <= left_C[:, None]).all(0))]
+        running_BC = extra_RJC[buyers, best_R[buyers]].cumsum(0)
+        taken = buyers[np.logical_and.accumulate((running_BC <= left_C).all(1))]
         chain_R[taken] = best_R[taken]  # the first one always fits
     return chain_R
 
@@ -233,55 +234,38 @@ def _corners(costs_NSC: Float, limits_C: Float, tight: Sequence[int]) -> Float:
 
 
 class _Table:
-    """Values and costs with the chains first, so that a choice is J passes over contiguous rows of R numbers."""
+    """Values and costs of requests, checked."""
 
-    def __init__(self, values_RJ: Float, costs_CJx: Float) -> None:
-        if np.isnan(values_RJ).any():
-            raise DataError("values of chains hold NaN; predict every chain, or use -inf where a chain is forbidden")
-        if not np.isfinite(values_RJ.max(1)).all():
-            raise DataError(
-                "a request has no chain that it may have, or one of infinite value; leave it at least one finite"
-            )
-        self.values_JR = np.ascontiguousarray(values_RJ.T)
-        self.costs_CJx = costs_CJx
-        self.num_requests = values_RJ.shape[0]
+    def __init__(self, values_RJ: Float, costs_xJL: Float) -> None:
+        self.values_RJ = values_RJ
+        self.costs_xJL = costs_xJL
+        """[1 or R, J, L]."""
 
-    def paid_Jx(self, prices_C: Float) -> Float:
-        """[J, 1 or R]."""
-        return paid(np.moveaxis(self.costs_CJx, 0, -1), prices_C)
+    def net(self, prices_L: Float, rows: Int | slice = slice(None)) -> Float:
+        """[R, J] values after their price, of all requests or some."""
+        costs_xJL = self.costs_xJL if len(self.costs_xJL) == 1 else self.costs_xJL[rows]
+        return self.values_RJ[rows] - paid(costs_xJL, prices_L)
 
-    def pick(self, prices_C: Float) -> tuple[Int, Float]:
-        """Chains [R] as `choose` gives them, and their mean cost [C]."""
-        chain_R, _ = self._best(prices_C)
-        return chain_R, self.cost(chain_R)
-
-    def dual(self, prices_C: Float) -> tuple[float, Float]:
-        """Mean over requests of the best value after its price, and mean cost [C]."""
-        chain_R, best_R = self._best(prices_C)
-        return float(best_R.mean()), self.cost(chain_R)
+    def chains(self, prices_L: Float, rows: Int | slice = slice(None)) -> Int:
+        """int64 [R] as `choose` gives them."""
+        return self.net(prices_L, rows).argmax(1)
 
     def cost(self, chain_R: Int) -> Float:
-        """Mean cost [C] of chains [R]."""
-        if self.costs_CJx.shape[2] == 1:
-            counts_J = np.bincount(chain_R, minlength=len(self.values_JR))
-            return (self.costs_CJx[:, :, 0] * counts_J).sum(1) / self.num_requests
-        return self.costs_CJx[:, chain_R, np.arange(self.num_requests)].mean(1)
+        """Mean cost [L] of chains [R]."""
+        if len(self.costs_xJL) == 1:
+            return np.bincount(chain_R, minlength=self.values_RJ.shape[1]) @ self.costs_xJL[0] / len(chain_R)
+        return self.costs_xJL[np.arange(len(chain_R)), chain_R].mean(0)
 
-    def _best(self, prices_C: Float) -> tuple[Int, Float]:
-        paid_Jx = self.paid_Jx(prices_C)
-        chain_R = np.zeros(self.num_requests, dtype=np.int64)
-        best_R = self.values_JR[0] - paid_Jx[0]
-        for j in range(1, len(self.values_JR)):
-            net_R = self.values_JR[j] - paid_Jx[j]
-            np.copyto(chain_R, j, where=net_R > best_R)
-            np.maximum(best_R, net_R, out=best_R)
-        return chain_R, best_R
+    def dual(self, prices_L: Float) -> tuple[float, Float]:
+        """Mean over requests of the best value after its price, and mean cost [L]."""
+        net_RJ = self.net(prices_L)
+        return float(net_RJ.max(1).mean()), self.cost(net_RJ.argmax(1))
 
 
-def _with_resources(costs: Float, size: tuple[int, ...], num_resources: int) -> Float:
-    """[C, J, 1 or R] from any of the forms that `solve` takes; DataError for others and for costs below 0."""
+def _checked(values_RJ: Float, costs: Float, num_resources: int) -> _Table:
+    """The table, from any of the forms of costs that `solve` takes; DataError names what is wrong."""
     costs = np.asarray(costs, dtype=np.float64)
-    requests, chains = size
+    requests, chains = values_RJ.shape
     if num_resources == 1 and costs.shape in ((chains,), (requests, chains)):
         costs = costs[..., None]
     if costs.shape not in ((chains, num_resources), (requests, chains, num_resources)):
@@ -291,8 +275,13 @@ def _with_resources(costs: Float, size: tuple[int, ...], num_resources: int) -> 
         )
     if not (np.isfinite(costs).all() and (costs >= 0).all()):
         raise DataError("costs of chains must be numbers of 0 or above")
-    by_request = costs if costs.ndim == 3 else costs[None]
-    return np.ascontiguousarray(by_request.transpose(2, 1, 0))
+    if np.isnan(values_RJ).any():
+        raise DataError("values of chains hold NaN; predict every chain, or use -inf where a chain is forbidden")
+    if not np.isfinite(values_RJ.max(1)).all():
+        raise DataError(
+            "a request has no chain that it may have, or one of infinite value; leave it at least one finite"
+        )
+    return _Table(values_RJ, costs if costs.ndim == 3 else costs[None])
 
 
 def _along(table: _Table, start_L: Float, direction_L: Float, limits_L: Float) -> Float:
@@ -301,38 +290,42 @@ def _along(table: _Table, start_L: Float, direction_L: Float, limits_L: Float) -
     Spending weighed by the direction falls along the ray. Where the limits are not kept even when everybody takes the least of it, the
     prices at which they do.
     """
-    if (table.pick(start_L)[1] <= limits_L).all():
-        return start_L
     low, high = 0.0, _priced_out(table, start_L, direction_L)
-    if (table.pick(start_L + high * direction_L)[1] > limits_L).any():
+    at_low, at_high = table.chains(start_L), table.chains(start_L + high * direction_L)
+    if (table.cost(at_low) <= limits_L).all():
+        return start_L
+    if (table.cost(at_high) > limits_L).any():
         return start_L + high * direction_L
     for _ in range(MOST_STEPS):
         if high - low <= WIDTH * high:
             break
-        middle = 0.5 * (low + high)
-        if (table.pick(start_L + middle * direction_L)[1] <= limits_L).all():
-            high = middle
+        # Values after their price are linear in t: a request with the same chain at both ends has it everywhere between.
+        rows = np.flatnonzero(at_low != at_high)
+        middle, at_middle = 0.5 * (low + high), at_high.copy()
+        at_middle[rows] = table.chains(start_L + middle * direction_L, rows)
+        if (table.cost(at_middle) <= limits_L).all():
+            high, at_high = middle, at_middle
         else:
-            low = middle
+            low, at_low = middle, at_middle
     return start_L + high * direction_L
 
 
 def _priced_out(table: _Table, start_L: Float, direction_L: Float) -> float:
     """A step along the direction at which every request takes its chain of least spending: above the steepest rise in the table."""
-    net_JR = table.values_JR - table.paid_Jx(start_L)
-    spend_JR = np.broadcast_to(table.paid_Jx(direction_L), net_JR.shape)
-    open_JR = np.isfinite(net_JR)
-    least_R = np.where(open_JR, spend_JR, np.inf).min(0)
-    cheapest_R = np.where(open_JR & (spend_JR == least_R), net_JR, -np.inf).max(0)
-    extra_JR = spend_JR - least_R
-    dearer_JR = open_JR & (extra_JR > 0)
-    rise_JR = np.divide(net_JR - cheapest_R, extra_JR, out=np.zeros_like(net_JR), where=dearer_JR)
-    largest = float(np.abs(net_JR[open_JR]).max())
-    smallest = float(extra_JR[dearer_JR].min(initial=np.inf))
+    net_RJ = table.net(start_L)
+    open_RJ = np.isfinite(net_RJ)
+    spend_RJ = np.where(open_RJ, paid(table.costs_xJL, direction_L), np.inf)
+    least_R1 = spend_RJ.min(1, keepdims=True)
+    cheapest_R1 = np.where(spend_RJ == least_R1, net_RJ, -np.inf).max(1, keepdims=True)
+    extra_RJ = spend_RJ - least_R1
+    dearer_RJ = open_RJ & (extra_RJ > 0)
+    rise_RJ = np.divide(net_RJ - cheapest_R1, extra_RJ, out=np.zeros_like(net_RJ), where=dearer_RJ)
+    largest = float(np.abs(net_RJ[open_RJ]).max())
+    smallest = float(extra_RJ[dearer_RJ].min(initial=np.inf))
     apart = (
         largest * 1e-9 / smallest if np.isfinite(smallest) else 0.0
     )  # below it, rounding hides the price of equal values
-    return max(float(rise_JR.max()) * (1 + 1e-6), apart, 1e-12)
+    return max(float(rise_RJ.max()) * (1 + 1e-6), apart, 1e-12)
 
 
 def _dual_minimum(table: _Table, limits_L: Float, direction_L: Float) -> tuple[Float, Float]:
