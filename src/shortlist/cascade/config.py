@@ -464,7 +464,9 @@ def _check_feedback(config: RunConfig) -> None:
         return
     name, task = learning.feedback.rule, learning.late_task
     if not rule.realisable or not rule.own_chance:
-        why = "reads labels before they are there" if not rule.realisable else "has scores that are no chances as served"
+        why = (
+            "reads labels before they are there" if not rule.realisable else "has scores that are no chances as served"
+        )
         raise ConfigError(
             f"learning.feedback.rule {name!r} {why}, and works in the streaming trainer alone; choose vanilla, fnw, fsiw, es-dfm, "
             "defer or defuse"
