@@ -15,37 +15,32 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.answers import Answer, Circumstances, logged, make_answers
-from shortlist.cascade.candidates import Blocked, first_permitted
-from shortlist.cascade.cascade import Page, StageTrace
-from shortlist.cascade.governor import Allotted, Decision
+from shortlist.cascade.cascade import Page
+from shortlist.cascade.governor import Allotted, Decision, GovernorConfig, open_governor
+from shortlist.cascade.knowing import Known, find_out, reason_of, rulings_of, stored
+from shortlist.cascade.last_resort import LAST_RESORT as LAST_RESORT
+from shortlist.cascade.last_resort import popular_page
 from shortlist.cascade.live import Live, load_live
 from shortlist.cascade.meter import Meter
-from shortlist.cascade.pasts import Newer, PastEvent, newer_of, newer_stored, pasts
+from shortlist.cascade.pasts import PastEvent, pasts
 from shortlist.cascade.questions import Asked, Question, check, page_size, together
 from shortlist.cascade.request_log import RequestLog
-from shortlist.cascade.rules import Rules, Ruling, rule
+from shortlist.cascade.rules import Rules
 from shortlist.cascade.summaries import open_summaries
-from shortlist.data.batches import Batch, request_batch
-from shortlist.data.histories import Histories, Int
+from shortlist.data.batches import Batch
 from shortlist.data.jagged import Jagged
 from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError, ShortlistError
-from shortlist.store.events import Event, EventStore, StoreUnavailable
+from shortlist.store.events import Event, EventStore
 from shortlist.store.memories import Memories
-
-LAST_RESORT = "popular"
-"""Name of the chain, and of its only stage, when the cascade itself failed."""
-_DAY_S = 86_400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +61,9 @@ class EngineConfig:
     """Requests answered together by `recommend_many`."""
     memory_mib: int = 256
     """Bound of what systems remember of users between requests, in MiB; 0 = nothing but what `shortlist refresh` wrote is remembered."""
+
+    governor: GovernorConfig = field(default_factory=GovernorConfig)
+    """What a calibrated allocator may spend."""
 
     def __post_init__(self) -> None:
         for name in ("max_k", "max_ids", "max_sent_history", "batch_size"):
@@ -118,24 +116,6 @@ class Traced:
     """What went wrong outside the stages."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Known:
-    """What the engine found out about B users."""
-
-    batch: Batch | None
-    """None where even that failed."""
-    num_history: list[int]
-    moments: list[int]
-
-    def select(self, places: Sequence[int]) -> _Known:
-        """Of some of the users."""
-        return _Known(
-            batch=None if self.batch is None else self.batch.select(torch.tensor(places)),
-            num_history=[self.num_history[place] for place in places],
-            moments=[self.moments[place] for place in places],
-        )
-
-
 class Engine:
     """Answers requests over one run; safe to use from many threads.
 
@@ -159,6 +139,9 @@ class Engine:
         self.config = config or EngineConfig()
         self._live = self._remembering(live)
         self.meter = Meter()
+        self._closing = threading.Event()
+        if self.config.governor.moves:
+            threading.Thread(target=self._tick, name="governor", daemon=True).start()
 
     @classmethod
     def load(
@@ -206,10 +189,17 @@ class Engine:
             self._live = live
         return live.version
 
+    def _tick(self) -> None:
+        """Once a second the governor looks at what the last one was like."""
+        while not self._closing.wait(1.0):
+            if self._live.governor is not None:
+                self._live.governor.tick()
+
     def _remembering(self, live: Live) -> Live:
-        """Memories belong to a snapshot, and so do summaries beside it: those of another one's weights would be wrong."""
+        """Memories belong to a snapshot, and so do summaries and the calibration beside it: those of other weights would be wrong."""
         backings, problems = open_summaries(live)
-        live.problems = tuple(problems)
+        live.governor, others = open_governor(live.folder, live.version, self.config.governor)
+        live.problems = (*problems, *others)
         wanted = self.config.memory_mib or backings
         live.cascade.memories = Memories(self.config.memory_mib << 20, backings) if wanted else None
         return live
@@ -296,9 +286,9 @@ class Engine:
         began = time.perf_counter()
         live = self._live
         asked = check(live, question, self.config)
-        known = _Known(batch=None, num_history=[0], moments=[int(time.time())])
-        rulings = _rulings(live, asked, known)
-        page = _popular_page(live, asked, known, rulings[0].allowed)
+        known = Known(batch=None, num_history=[0], moments=[int(time.time())])
+        rulings = rulings_of(live, asked, known)
+        page = popular_page(live, asked, known, rulings[0].allowed)
         told = Circumstances(
             users=asked.users,
             num_history=known.num_history,
@@ -329,7 +319,7 @@ class Engine:
         problems = list(live.problems)
         known = self._known(live, asked, problems)
         chain = _decide(live, asked, known, problems).chains[0]
-        allowed = _rulings(live, asked, known)[0].allowed
+        allowed = rulings_of(live, asked, known)[0].allowed
         page = self._page(live, asked, known, allowed, chain, self.config.deadline_ms, problems)
         return Traced(
             live=live,
@@ -379,7 +369,7 @@ class Engine:
         past = pasts(
             live.dataset.histories,
             live.users([user]),
-            self._stored(live, [user]),
+            stored(live, self.events, [user]),
             has_clock=live.dataset.space.has_clock,
             newest=max(count, 1),
         )
@@ -394,6 +384,7 @@ class Engine:
 
     def close(self) -> None:
         """Write what waits for the request log and let go of the files."""
+        self._closing.set()
         if self.request_log is not None:
             self.request_log.close()
         if self.events is not None:
@@ -421,7 +412,7 @@ class Engine:
         """Answers to B questions, whatever happens."""
         problems = list(live.problems)
         known = self._known(live, asked, problems)
-        rulings = _rulings(live, asked, known)
+        rulings = rulings_of(live, asked, known)
         decision = _decide(live, asked, known, problems)
         limit = min((ms for ms in (deadline_ms, self.config.deadline_ms) if ms is not None), default=None)
         answers: list[Answer | None] = [None] * len(asked.users)
@@ -452,11 +443,14 @@ class Engine:
             live.governor.note(decision, [answer.stages for answer in done])
         return done
 
+    def _known(self, live: Live, asked: Asked, problems: list[str]) -> Known:
+        return find_out(live, self.events, asked, stale_days=self.config.stale_days, problems=problems)
+
     def _page(
         self,
         live: Live,
         asked: Asked,
-        known: _Known,
+        known: Known,
         allowed: Tensor | None,
         chain: str | None,
         deadline_ms: float | None,
@@ -474,68 +468,11 @@ class Engine:
                     deadline_ms=deadline_ms,
                 )
             except Exception as error:  # a request always gets a page
-                problems.append(_reason("the cascade failed", error))
-        return _popular_page(live, asked, known, allowed)
-
-    def _known(self, live: Live, asked: Asked, problems: list[str]) -> _Known:
-        """The batch, from all that is known of the users."""
-        now = time.time()
-        excludes = not (live.repeats if asked.rules.seen is None else asked.rules.seen == "keep")
-        # What systems read, unless all that was seen is to be left out or the question is of an earlier moment.
-        all_of_it = excludes or asked.at is not None or not live.dataset.space.has_clock
-        newest = None if all_of_it else live.cascade.max_history
-        try:
-            rows = live.users(asked.users)
-            past, moments = self._pasts(live, asked, rows, now, newest, problems)
-            histories, requests = live.dataset.requests_for(
-                asked.users, rows=rows, at=moments, histories=past, context=asked.context
-            )
-            batch = request_batch(
-                histories,
-                live.user_fields,
-                requests,
-                max_history=live.cascade.max_history,
-                exclude_history=excludes,
-            )
-        except Exception as error:  # a request always gets a page
-            problems.append(_reason("the user's past could not be read", error))
-            return _Known(batch=None, num_history=[0] * len(asked.users), moments=[int(now)] * len(asked.users))
-        if asked.sent is None and asked.at is None and all(user is not None for user in asked.users):
-            batch = replace(batch, key=tuple(str(user) for user in asked.users))
-        known = requests.end - requests.start
-        if newest is not None and asked.sent is None:
-            offsets = live.dataset.histories.offsets
-            known = known + np.maximum(offsets[rows + 1] - offsets[rows] - newest, 0)
-        return _Known(batch=batch, num_history=known.tolist(), moments=moments.tolist())
-
-    def _pasts(
-        self, live: Live, asked: Asked, rows: Int, now: float, newest: int | None, problems: list[str]
-    ) -> tuple[Histories, Int]:
-        """Histories of B users, and the moment [B] each is asked about."""
-        newer: Newer | None = None
-        if asked.sent is not None:
-            rows = np.zeros_like(rows)  # what the request says stands in place of what is on record
-            actions = live.action_ids([event.action for event in asked.sent])
-            newer = newer_of(asked.sent, live.items, actions, now if asked.at is None else asked.at)
-        else:
-            try:
-                newer = self._stored(live, asked.users)
-            except StoreUnavailable as error:
-                problems.append(f"recent events are missing: {error}")
-        past = pasts(live.dataset.histories, rows, newer, has_clock=live.dataset.space.has_clock, newest=newest)
-        if asked.at is not None:
-            return past, np.full(len(rows), asked.at, dtype=np.int64)
-        is_stale = now - live.log_end > self.config.stale_days * _DAY_S
-        moments = np.full(len(rows), live.log_end if is_stale else int(now), dtype=np.int64)
-        if newer is not None:
-            moments[newer.user] = int(now)
-        return past, np.maximum(moments, _last_times(past)) if live.dataset.space.has_clock else moments
-
-    def _stored(self, live: Live, users: Sequence[Id | None]) -> Newer | None:
-        return None if self.events is None else newer_stored(self.events, users, live.items, live.action_ids)
+                problems.append(reason_of("the cascade failed", error))
+        return popular_page(live, asked, known, allowed)
 
 
-def _decide(live: Live, asked: Asked, known: _Known, problems: list[str]) -> Decision:
+def _decide(live: Live, asked: Asked, known: Known, problems: list[str]) -> Decision:
     """A chain for each of B requests."""
     num_requests = len(asked.users)
     if asked.chain is not None:
@@ -545,7 +482,7 @@ def _decide(live: Live, asked: Asked, known: _Known, problems: list[str]) -> Dec
     try:
         return live.governor.choose(known.batch, asked.most_BC)
     except Exception as error:  # a request always gets a page
-        problems.append(_reason("the allocator failed", error))
+        problems.append(reason_of("the allocator failed", error))
         return Decision([None] * num_requests, [Allotted(reason="fallback")] * num_requests)
 
 
@@ -555,54 +492,3 @@ def _by_chain(decision: Decision) -> list[tuple[str | None, list[int]]]:
     for place, name in enumerate(decision.chains):
         places.setdefault(name, []).append(place)
     return list(places.items())
-
-
-def _reason(what: str, error: Exception) -> str:
-    return f"{what} ({type(error).__name__}: {error})"
-
-
-def _last_times(past: Histories) -> Int:
-    """int64 [B]: time of each user's newest event; 0 without one."""
-    start, end = past.offsets[1:-1], past.offsets[2:]
-    if not past.num_events:
-        return np.zeros(len(start), dtype=np.int64)
-    return np.where(end > start, past.time[np.maximum(end - 1, 0)], 0)
-
-
-def _rulings(live: Live, asked: Asked, known: _Known) -> list[Ruling]:
-    """The rules' meaning per request; `allowed` is the same for all."""
-    excluded = None if known.batch is None else known.batch.excluded
-    rulings = []
-    for place in range(len(asked.users)):
-        seen = None
-        if excluded is not None:
-            seen = excluded.values[int(excluded.offsets[place]) : int(excluded.offsets[place + 1])].numpy()
-        rulings.append(rule(asked.rules, live.items, live.dataset.num_items, seen=seen, candidates=asked.candidates))
-    return rulings
-
-
-def _popular_page(live: Live, asked: Asked, known: _Known, allowed: Tensor | None) -> Page:
-    """What is left when the cascade fails as a whole: the most popular items that the rules permit."""
-    began = time.perf_counter()
-    popular, num_requests = live.cascade.popular.cpu(), len(asked.users)
-    if asked.candidates is not None:
-        popular = popular[torch.isin(popular, torch.from_numpy(asked.candidates))]
-    if allowed is not None:
-        popular = popular[allowed[popular]]
-    excluded = None if known.batch is None else known.batch.excluded
-    most = asked.k + (0 if excluded is None else int(excluded.lengths.max()))
-    rows_Bk = first_permitted(
-        popular[:most].expand(num_requests, -1), Blocked(live.dataset.num_items, excluded, allowed), asked.k
-    )
-    shown = Jagged.from_padded(rows_Bk, rows_Bk > 0)
-    trace = StageTrace(
-        name=LAST_RESORT,
-        systems=(),
-        rows=shown,
-        scores=torch.zeros(len(shown.values)),
-        system_scores={},
-        num_received=torch.full((num_requests,), len(popular)),
-        spent_ms=(time.perf_counter() - began) * 1e3,
-        flops=0.0,
-    )
-    return Page(rows=rows_Bk, scores=torch.full(rows_Bk.shape, -torch.inf), traces=(trace,), chain=LAST_RESORT)

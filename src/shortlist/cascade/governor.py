@@ -14,17 +14,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shortlist.cascade.allocation.base import RESOURCES, Allocator, Choice, Float
-from shortlist.cascade.allocation.prices import PriceControl
+from shortlist.cascade.allocation.base import RESOURCES, Allocator, Budget, Choice, Float
+from shortlist.cascade.allocation.calibration import allocation_path, load_allocation
+from shortlist.cascade.allocation.forecast import Linear, LinearConfig
+from shortlist.cascade.allocation.prices import PriceConfig, PriceControl
+from shortlist.cascade.allocation.stress import MaxPower, MaxPowerConfig, tightest
 from shortlist.cascade.meter import StageReport
 from shortlist.data.batches import Batch
+from shortlist.errors import ConfigError, SnapshotError
 
+_MS = RESOURCES.index("ms")
 Reason = Literal["default", "named", "price", "own budget", "overload", "fallback"]
 Features = Callable[[Batch], NDArray[np.float32]]
 
@@ -64,18 +70,31 @@ class Decision(NamedTuple):
     """Numbers of the chains."""
 
 
-class Stress(Protocol):
-    """Caps what a chain may cost while the server is overloaded."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GovernorConfig:
+    """What an engine lets its allocator spend."""
+
+    allocate: bool = True
+    """Whether a calibrated allocator chooses chains; False = the default chain for everyone."""
+    budget: Budget = field(default_factory=Budget)
+    """What a request may cost on average; no limits = as the run was calibrated."""
+    capacity: Budget = field(default_factory=Budget)
+    """What all requests of a second may cost together: then prices follow the traffic. No limits = prices stay."""
+    window_seconds: float = 60.0
+    """Time between new prices."""
+    target_ms: float | None = None
+    """Latency to keep to when overloaded: above it the dearest chains are given up first; None = nothing is."""
+
+    def __post_init__(self) -> None:
+        for name in ("window_seconds", "target_ms"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < np.inf:
+                raise ConfigError(f"{name} must be above 0, got {value}")
 
     @property
-    def cap_C(self) -> Float:
-        """[C] dearest chain, infinite where there is no cap."""
-
-    def note(self, latency_ms: float, failed: bool) -> None:
-        """A request got its answer, or none."""
-
-    def tick(self, now: float) -> None:
-        """Move the cap."""
+    def moves(self) -> bool:
+        """Whether anything changes from second to second."""
+        return self.allocate and (self.target_ms is not None or self.capacity != Budget())
 
 
 class Governor:
@@ -96,7 +115,7 @@ class Governor:
         features: Features,
         *,
         prices: PriceControl | None = None,
-        stress: Stress | None = None,
+        stress: MaxPower | None = None,
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
     ) -> None:
@@ -118,7 +137,7 @@ class Governor:
             choice, own_B = self._chosen(contexts_BF, cap_C, most_BC)
         names = [chains.names[number] for number in choice.chain_R.tolist()]
         costs_BC = chains.costs_JC[choice.chain_R]
-        cap_ms = float(cap_C[1]) if np.isfinite(cap_C[1]) else None
+        cap_ms = None if cap_C is None or np.isinf(cap_C[_MS]) else float(cap_C[_MS])
         told = [
             Allotted(
                 reason="own budget" if own else "overload" if capped else "price",
@@ -126,7 +145,7 @@ class Governor:
                 mflop=mflop,
                 ms=ms,
                 price_mflop=float(choice.prices_C[0]),
-                price_ms=float(choice.prices_C[1]),
+                price_ms=float(choice.prices_C[_MS]),
                 cap_ms=cap_ms,
                 propensity=chance,
             )
@@ -140,14 +159,15 @@ class Governor:
         ]
         return Decision(names, told, contexts_BF, choice.chain_R)
 
-    def _cap_C(self) -> Float:
-        """What the server affords at most for a request now."""
-        cap_C = np.full(len(RESOURCES), np.inf) if self.stress is None else self.stress.cap_C
-        used_up_C = None if self.prices is None else self.prices.most_C(self._clock())
-        return cap_C if used_up_C is None else np.minimum(cap_C, used_up_C)
+    def _cap_C(self) -> Float | None:
+        """What the server affords at most for a request now; None = anything."""
+        return tightest(
+            None if self.stress is None else self.stress.cap_C,
+            None if self.prices is None else self.prices.most_C(self._clock()),
+        )
 
     def _chosen(
-        self, contexts_BF: NDArray[np.float32], cap_C: Float, most_BC: Float | None
+        self, contexts_BF: NDArray[np.float32], cap_C: Float | None, most_BC: Float | None
     ) -> tuple[Choice, NDArray[np.bool_]]:
         """The allocator's choice, and bool [B] whether a request's own budget kept it from a dearer chain."""
         shared = self.allocator.choose(contexts_BF, most_C=cap_C, rng=self._rng)
@@ -158,7 +178,7 @@ class Governor:
         chain_R, value_R = shared.chain_R.copy(), shared.value_R.copy()
         capped_R, propensity_R = shared.capped_R.copy(), shared.propensity_R.copy()
         for place in np.flatnonzero((chosen_BC > most_BC).any(1)).tolist():  # few requests bring a budget of their own
-            most_C = np.minimum(most_BC[place], cap_C)
+            most_C = tightest(most_BC[place], cap_C)
             one = self.allocator.choose(contexts_BF[place : place + 1], most_C=most_C, rng=self._rng)
             chain_R[place], value_R[place] = one.chain_R[0], one.value_R[0]
             capped_R[place], propensity_R[place] = one.capped_R[0], one.propensity_R[0]
@@ -199,5 +219,43 @@ class Governor:
     @property
     def cap_ms(self) -> float | None:
         """Dearest chain that the server affords now; None = any."""
-        cap_ms = np.inf if self.stress is None else float(self.stress.cap_C[1])
-        return cap_ms if np.isfinite(cap_ms) else None
+        cap_C = None if self.stress is None else self.stress.cap_C
+        return None if cap_C is None else float(cap_C[_MS])
+
+
+def open_governor(
+    folder: Path | None, version: str, config: GovernorConfig, clock: Callable[[], float] = time.monotonic
+) -> tuple[Governor | None, list[str]]:
+    """The governor of a run, and what is wrong with its calibration where that can not be used.
+
+    Args:
+        folder: of the run; None = it has none, and so no calibration.
+        version: of the run.
+        clock: seconds.
+
+    Raises ConfigError where the settings want a budget kept but the run is not calibrated.
+    """
+    if folder is None or not config.allocate:
+        return None, []
+    path = allocation_path(folder)
+    if not path.exists():
+        if config != GovernorConfig(window_seconds=config.window_seconds):
+            raise ConfigError(
+                f"{folder} is not calibrated, so no budget can be kept: run `shortlist calibrate {folder}`"
+            )
+        return None, []
+    try:
+        allocation = load_allocation(path, version=version)
+    except SnapshotError as error:
+        return None, [f"requests get the default chain: {error}"]
+    allocator = allocation.allocator
+    if config.budget != Budget():
+        allocator.aim(config.budget, allocation.rows_RF)
+    prices = None
+    if config.capacity != Budget():
+        settings = PriceConfig(window_seconds=config.window_seconds)
+        prices = PriceControl(allocator, config.capacity, Linear(LinearConfig()), settings, now=clock())
+    stress = None
+    if config.target_ms is not None:
+        stress = MaxPower(allocation.chains, MaxPowerConfig(target_ms=config.target_ms), now=clock())
+    return Governor(allocator, allocation.contexts, prices=prices, stress=stress, clock=clock), []

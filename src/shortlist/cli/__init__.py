@@ -25,6 +25,7 @@ COMMANDS = {
     "serve": "Serve a trained run over HTTP.",
     "explain": "Say why a person gets each item of their page.",
     "export": "Write vectors, rankers or pages for other tools.",
+    "budget": "Draw quality against cost for every way to choose chains.",
     "energy": "Say what 1,000 requests bring and take: quality, FLOPs, energy, carbon.",
     "tune": "Search settings within a budget, the same for every arm.",
     "import": "Read what RecBole, Gorse or FuxiCTR use.",

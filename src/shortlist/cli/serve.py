@@ -23,7 +23,27 @@ def command(
     deadline_ms: Annotated[
         float | None, typer.Option(help="Time after which no stage is waited for; default: wait.")
     ] = None,
-    at_once: Annotated[int, typer.Option(help="Requests worked on at once; others wait.")] = 8,
+    time_limit_ms: Annotated[
+        float | None, typer.Option(help="Time within which a page is given or refused; default: wait.")
+    ] = None,
+    at_once: Annotated[int, typer.Option(help="Batches of requests worked on at once; others wait.")] = 2,
+    max_batch: Annotated[int, typer.Option(help="Requests that wait together and are answered in one pass.")] = 16,
+    allocate: Annotated[
+        bool, typer.Option(help="Let the calibrated allocator choose chains (shortlist calibrate).")
+    ] = True,
+    budget_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds that a request may cost on average; default: as calibrated.")
+    ] = None,
+    budget_mflop: Annotated[
+        float | None, typer.Option(help="1e6 FLOPs that a request may cost on average; default: as calibrated.")
+    ] = None,
+    capacity_ms: Annotated[
+        float | None,
+        typer.Option(help="Milliseconds of work that all requests of a second may cost; prices then follow traffic."),
+    ] = None,
+    target_ms: Annotated[
+        float | None, typer.Option(help="Latency to keep to under overload, by giving up the dearest chains first.")
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Serve a trained run over HTTP until it is told to stop (Ctrl-C or SIGTERM).
@@ -32,18 +52,26 @@ def command(
     """
     from shortlist.serving.settings import ServerConfig, bind
 
-    config = ServerConfig(host=host, port=port, num_threads=at_once)
+    config = ServerConfig(host=host, port=port, num_workers=at_once, max_batch=max_batch, time_limit_ms=time_limit_ms)
     folder = run.absolute()
     with bind(config) as listener:  # first, since a taken port should not cost the time that loading takes
+        from shortlist.cascade.allocation.base import Budget
         from shortlist.cascade.engine import Engine, EngineConfig
+        from shortlist.cascade.governor import GovernorConfig
         from shortlist.serving import server
 
+        governor = GovernorConfig(
+            allocate=allocate,
+            budget=Budget(ms=budget_ms, mflop=budget_mflop),
+            capacity=Budget(ms=capacity_ms),
+            target_ms=target_ms,
+        )
         # Beside the run and not in it: a run is replaced as a whole when it is trained again.
         engine = Engine.load(
             folder,
             events=events or folder.with_name(f"{folder.name}.events.db"),
             request_log=request_log or folder.with_name(f"{folder.name}.requests.db"),
-            config=EngineConfig(deadline_ms=deadline_ms),
+            config=EngineConfig(deadline_ms=deadline_ms, governor=governor),
         )
         with engine:
             server.run(engine, listener, config, say=typer.echo)

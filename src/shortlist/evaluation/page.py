@@ -78,14 +78,17 @@ def render(summary: Summary) -> str:
     sections.append(section("surroundings", "Surroundings", _surroundings(summary)))
     links.append(("surroundings", "Surroundings"))
     navigation = "".join(f'<li><a href="#{anchor}">{text(words)}</a></li>' for anchor, words in links)
-    title = f"Report of {summary.name}"
+    head = f'{_lead(summary)}\n<nav aria-label="Sections"><ul>{navigation}</ul></nav>'
+    return document(f"Report of {summary.name}", head, sections)
+
+
+def document(title: str, head: str, sections: Sequence[str]) -> str:
+    """A whole page: its title, what stands under it (HTML), and its parts (HTML)."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<header>\n<h1>{text(title)}</h1>\n{_lead(summary)}\n<nav aria-label="Sections"><ul>{navigation}</ul></nav>\n</header>\n'
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
+        f"<header>\n<h1>{text(title)}</h1>\n{head}\n</header>\n" + "\n".join(sections) + "\n</main>\n</body>\n</html>\n"
     )
 
 

@@ -5,7 +5,7 @@
 
     RUN.allocation/allocation.json            the version of the run that it belongs to, and the names of the features
     RUN.allocation/allocator/                 the allocator with its chains and what it learned; see saved.py
-    RUN.allocation/contexts.safetensors       statistics of the features
+    RUN.allocation/contexts.safetensors       statistics of the features, and those of the requests it was aimed on
     RUN.allocation/costs.json                 costs of all chains as stated and as measured, and the machine
     RUN.allocation/summary.json               what was chosen, and what it cost and brought
     RUN.allocation/manifest.json              see store/snapshot.py
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shortlist.cascade.allocation.base import RESOURCES, Allocator, Budget, ChainSet, Float, Int, Outcomes
 from shortlist.cascade.allocation.contexts import CONTEXT_NAMES, Contexts, popularity
@@ -47,7 +48,7 @@ MOST_CHAINS = 400
 """Chains that are calibrated at most; each is timed, and answers every request."""
 LEARN_SHARE = 0.75
 """Of `max_requests`, those that the allocator learns on; the others are for its prices and for the account."""
-ABOUT, ALLOCATOR, CONTEXTS = "allocation.json", "allocator", "contexts.safetensors"
+ABOUT, ALLOCATOR, CONTEXTS, ROWS = "allocation.json", "allocator", "contexts.safetensors", "rows"
 REMEDY = "run `shortlist calibrate` again"
 
 
@@ -60,6 +61,8 @@ class Allocation:
     contexts: Contexts
     budget: Budget
     """That the allocator was aimed at."""
+    rows_RF: NDArray[np.float32]
+    """Features of the requests on which it was aimed, so that it can be aimed at another budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +191,13 @@ def calibrate(run: Run, *, seed: int = 0, tell: Tell = lambda what, done, of: No
     allocator.aim(budget, judged.contexts_RF)
     tell("learning", 1, 1)
     return _judged(
-        allocation=Allocation(allocator=allocator, chains=allocator.chains, contexts=contexts, budget=budget),
+        allocation=Allocation(
+            allocator=allocator,
+            chains=allocator.chains,
+            contexts=contexts,
+            budget=budget,
+            rows_RF=judged.contexts_RF,
+        ),
         config=settings,
         version=run.version,
         costs=costs,
@@ -230,7 +239,8 @@ def save_allocation(folder: Path, calibration: Calibration) -> Manifest:
         for name, content in texts.items():
             (beside / name).write_text(json.dumps(_json(content), indent=1) + "\n")
         save_allocator(beside / ALLOCATOR, made.allocator)
-        save_tensors(beside / CONTEXTS, {key: torch.from_numpy(array) for key, array in made.contexts.state().items()})
+        known = {**made.contexts.state(), ROWS: made.rows_RF}
+        save_tensors(beside / CONTEXTS, {key: torch.from_numpy(array) for key, array in known.items()})
 
     return write_snapshot(folder, write)
 
@@ -259,6 +269,7 @@ def load_allocation(folder: Path, *, version: str) -> Allocation:
             chains=allocator.chains,
             contexts=Contexts.of_state(state, has_clock=bool(about["has_clock"])),
             budget=allocator.budget,
+            rows_RF=state[ROWS],
         )
     except (OSError, ValueError, KeyError, TypeError, ShortlistError) as error:
         reason = str(error) if isinstance(error, ShortlistError) else f"{type(error).__name__}: {error}"
