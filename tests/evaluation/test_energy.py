@@ -5,12 +5,16 @@ import sys
 import time
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from cli_support import refused, shortlist, succeeds
+from shortlist.cascade.allocation.base import Allocator, ChainSet, Choice, NoSettings
+from shortlist.cascade.allocation.contexts import CONTEXT_NAMES, Contexts
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
+from shortlist.cascade.lessons import make_batch
 from shortlist.cascade.meter import Meter, StageReport
 from shortlist.cascade.power import EnergyConfig
 from shortlist.errors import ConfigError, DataError
@@ -164,6 +168,69 @@ class TestMeasure:
             print_of(-1.0)
 
 
+class ByTurns(Allocator):
+    """Every third request gets the dearer chain, in the order in which they are asked."""
+
+    def aim(self, budget, contexts_RF):
+        raise AssertionError("nothing aims here")
+
+    def choose(self, contexts_RF, *, most_C=None, rng=None):
+        assert contexts_RF.shape[1] == len(CONTEXT_NAMES)
+        chain_R = (np.arange(len(contexts_RF)) % 3 == 0).astype(np.int64)
+        nothing_R = np.full(len(chain_R), np.nan)
+        return Choice(
+            chain_R=chain_R, value_R=nothing_R, capped_R=chain_R > 1, propensity_R=nothing_R, prices_C=self.prices_C
+        )
+
+
+def by_turns(run):
+    """An allocation over the run's two chains."""
+    chains = ChainSet(
+        names=("a1-b0", "a0-b0"),
+        stages=("retrieval", "re-ranking"),
+        model_JK=np.array([[1, 0], [0, 0]]),
+        count_JK=np.array([[6, 6], [15, 15]]),
+        costs_JC=np.array([[1.0, 1.0], [2.0, 2.0]]),
+    )
+    batch = make_batch(run.dataset, run.dataset.split.valid, run.cascade.max_history)
+    contexts = Contexts.measured([batch], np.zeros(run.dataset.num_items + 1), has_clock=True)
+    allocator = ByTurns(NoSettings(), chains, len(CONTEXT_NAMES))
+    return SimpleNamespace(allocator=allocator, chains=chains, contexts=contexts)  # all that is asked of an Allocation
+
+
+class TestAllocated:
+    def test_each_request_gets_the_page_of_its_chain(self, run, monkeypatch):
+        """Grouped by chain or not, requests answered alone give the same pages and counts."""
+        judged = []
+        judge = energy.judge_pages
+        monkeypatch.setattr(energy, "judge_pages", lambda rows, *more: judged.append(rows) or judge(rows, *more))
+        dear, cheap, mixed = measure(
+            run, ["a0-b0", "a1-b0"], allocation=by_turns(run), max_requests=37, batch_size=4, window="test"
+        )
+        assert mixed.name == "allocated"
+        assert mixed.num_requests == dear.num_requests
+        count = -(-mixed.num_requests // 32)
+        turns = np.concatenate(
+            [np.arange(len(p)) % 3 == 0 for p in np.array_split(np.arange(mixed.num_requests), count)]
+        )
+        np.testing.assert_array_equal(judged[2], np.where(turns[:, None], judged[0], judged[1]))
+        assert cheap.mflop < mixed.mflop < dear.mflop
+
+    def test_its_choosing_counts(self, run, monkeypatch):
+        """A chooser that works for 10 ms a call shows in the busy seconds."""
+
+        def slow(self, contexts_RF, **more):
+            until = time.process_time() + 0.01
+            while time.process_time() < until:
+                pass
+            return choose(self, contexts_RF, **more)
+
+        choose = ByTurns.choose
+        monkeypatch.setattr(ByTurns, "choose", slow)
+        _, mixed = measure(run, allocation=by_turns(run), max_requests=40, batch_size=4)
+        assert mixed.busy_seconds > 0.01
+
+
 class FakeTracker:
     """Reads one more milliwatt-hour for every start."""
 
@@ -210,7 +277,16 @@ class TestPower:
 class TestCommand:
     def test_text_and_file(self, run):
         ended = succeeds(
-            "energy", run.folder, "--chain", "a0-b0", "--chain", "a1-b0", "--max-requests", 20, "--set", "grid=0.1"
+            "energy",
+            run.folder,
+            "--chain",
+            "a0-b0",
+            "--chain",
+            "a1-b0",
+            "--max-requests",
+            20,
+            "--set",
+            "energy.grid=0.1",
         )
         assert "a1-b0 against a0-b0" in ended.out
         assert "0.1 kg CO2e per kWh" in ended.out
@@ -227,8 +303,10 @@ class TestCommand:
         assert ended.json["savings"] == {}
 
     def test_refusals(self, run):
-        assert "pue must be at least 1" in refused("energy", run.folder, "--set", "pue=0.5")
-        assert "did you mean 'watts'" in refused("energy", run.folder, "--set", "wats=5")
+        assert "pue must be at least 1" in refused("energy", run.folder, "--set", "energy.pue=0.5")
+        assert "did you mean 'watts'" in refused("energy", run.folder, "--set", "energy.wats=5")
+        assert "no setting of [energy]" in refused("energy", run.folder, "--set", "ranking.keep=5")
+        assert "shortlist calibrate" in refused("energy", run.folder, "--allocated")
         assert "no chain" in refused("energy", run.folder, "--chain", "a7-b0")
         assert shortlist("energy", run.folder, "--batch-size", 0).code == 2
 

@@ -5,8 +5,8 @@
     energy           CodeCarbon's reading where the processor's power counters can be read, else watts * busy seconds; times PUE
     carbon           energy * intensity of the grid
 
-See `cascade/power.py` for the formulas. All chains answer the same requests, in batches that take turns, so that what else the machine
-does falls on all of them.
+See `cascade/power.py` for the formulas. All chains, and the allocator, answer the same requests and take turns, so that what else the
+machine does falls on all of them. R requests of a part, k items of a page.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from shortlist.cascade.allocation.calibration import Allocation
 from shortlist.cascade.cascade import Cascade
+from shortlist.cascade.lessons import make_batch
 from shortlist.cascade.meter import Meter, Summary
 from shortlist.cascade.power import EnergyConfig
 from shortlist.cascade.run import Run, as_of
-from shortlist.data.batches import request_batch
+from shortlist.data.batches import Batch
 from shortlist.data.histories import Int, Requests
 from shortlist.errors import ConfigError, DataError
 from shortlist.evaluation.evaluate import Window, held_out, judge_pages, over_users
@@ -34,6 +36,9 @@ from shortlist.metrics import Interval
 
 BATCH = 16
 """Requests answered at once, as a busy server does."""
+WAITING = 8
+"""Batches of requests that wait together, so that those whose chains are alike can be grouped."""
+ALLOCATED = "allocated"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +46,7 @@ class Footprint:
     """What one way of serving brings, and what it takes, over all its requests."""
 
     name: str
-    """The chain."""
+    """The chain, or "allocated"."""
     num_requests: int
     metric: str
     quality: Interval
@@ -135,6 +140,7 @@ def measure(
     run: Run,
     chains: Sequence[str] = (),
     *,
+    allocation: Allocation | None = None,
     window: Window = "valid",
     max_requests: int = 1_000,
     batch_size: int = BATCH,
@@ -146,11 +152,12 @@ def measure(
     Args:
         run: a trained run.
         chains: names; empty = the default chain.
+        allocation: also measured, under the name "allocated": it chooses a chain for each request, and its choosing counts.
         window: whose requests; choose on valid.
         max_requests: a seeded sample of at most so many.
-        batch_size: answered at once.
+        batch_size: of one chain answered at once, at most.
         config: watts, PUE and grid; None = the run's.
-        seed: of the sample and of intervals.
+        seed: of the sample, of what an allocator draws, and of intervals.
 
     Raises ConfigError for a chain that the run does not have, DataError for a window without requests.
     """
@@ -160,25 +167,15 @@ def measure(
     names = [run.config.chain(name).name for name in dict.fromkeys(chains)] or [run.config.default_chain.name]
     k, cascade = run.config.surface.k, as_of(run, window)
     requests = held_out(run.dataset, window, max_requests=max_requests, seed=seed)
-    parts = [
-        requests.select(index) for index in np.array_split(np.arange(len(requests)), -(-len(requests) // batch_size))
-    ]
-    tallies = [_Tally(run, cascade, name, k) for name in names]
+    count = -(-len(requests) // (WAITING * batch_size))
+    parts = [requests.select(index) for index in np.array_split(np.arange(len(requests)), count)]
+    tallies = [_Tally(run, cascade, name, k, batch_size) for name in names]
+    if allocation is not None:
+        tallies.append(_Tally(run, cascade, ALLOCATED, k, batch_size, allocation, np.random.default_rng(seed)))
     for tally in tallies:
         tally.answer(parts[0])  # what a first call sets up is not the chain's
         tally.forget()
-    power = power_meter(config)
-    kwh: list[float | None] = [None] * len(tallies)
-    if power is None:
-        for part in parts:
-            for tally in tallies:
-                tally.answer(part)
-    else:  # a reading is of the whole machine, so one chain at a time
-        for n, tally in enumerate(tallies):
-            with power() as reading:
-                for part in parts:
-                    tally.answer(part)
-            kwh[n] = reading[0]
+    kwh = _answered(tallies, parts, power_meter(config))
     metric = f"{'value' if run.config.surface.objective == 'value' else 'ndcg'}@{k}"
     found = []
     for tally, measured in zip(tallies, kwh):
@@ -186,7 +183,7 @@ def measure(
         found.append(
             footprint(
                 tally.meter.summary(),
-                name=tally.chain,
+                name=tally.name,
                 busy_seconds=tally.busy,
                 metric=metric,
                 quality=over_users(top, bottom, requests.user, seed),
@@ -199,38 +196,70 @@ def measure(
 
 @dataclass(slots=True)
 class _Tally:
-    """One chain at work."""
+    """One way of serving at work."""
 
     run: Run
     cascade: Cascade
-    chain: str
+    name: str
+    """The chain, where there is no allocation."""
     k: int
+    batch_size: int
+    allocation: Allocation | None = None
+    rng: np.random.Generator | None = None
     meter: Meter = field(default_factory=Meter)
     busy: float = 0.0
     rows: list[Int] = field(default_factory=list)
-    """Pages [B, k]."""
+    """Pages [R, k] of each part."""
 
     def answer(self, part: Requests) -> None:
-        """Requests of one batch."""
-        began = time.process_time()
+        """Requests that wait together: those of one chain are answered together, as many at once as a batch holds."""
+        began, rows_Rk, pages = time.process_time(), np.zeros((len(part), self.k), dtype=np.int64), []
         with torch.inference_mode():
-            batch = request_batch(
-                self.run.dataset.histories,
-                self.run.dataset.users,
-                part,
-                max_history=self.cascade.max_history,
-                exclude_history=not self.run.dataset.repeats,
-            )
-            page = self.cascade.run(batch.to(self.cascade.device), k=self.k, chain=self.chain)
+            batch = make_batch(self.run.dataset, part, self.cascade.max_history).to(self.cascade.device)
+            for chain, index in self._groups(batch):
+                for at in range(0, len(index), self.batch_size):
+                    some = index[at : at + self.batch_size]
+                    page = self.cascade.run(batch.select(torch.from_numpy(some)), k=self.k, chain=chain)
+                    rows_Rk[some] = page.rows.cpu().numpy()
+                    pages.append(page)
         self.busy += time.process_time() - began
-        self.meter.add(page.chain, page.reports)
-        self.rows.append(page.rows.cpu().numpy())
+        for page in pages:
+            self.meter.add(page.chain, page.reports)
+        self.rows.append(rows_Rk)
+
+    def _groups(self, batch: Batch) -> Iterator[tuple[str, Int]]:
+        """Chains, and the numbers of the requests that get each."""
+        if self.allocation is None:
+            yield self.name, np.arange(batch.size)
+            return
+        made = self.allocation
+        chain_R = made.allocator.choose(made.contexts(batch), rng=self.rng).chain_R
+        for chain in np.unique(chain_R).tolist():
+            yield made.chains.names[chain], np.flatnonzero(chain_R == chain)
 
     def forget(self) -> None:
         """Count from here."""
         self.meter.reset()
         self.busy = 0.0
         self.rows.clear()
+
+
+def _answered(
+    tallies: Sequence[_Tally], parts: Sequence[Requests], power: Callable[[], Any] | None
+) -> list[float | None]:
+    """Answer all parts by all tallies; what the machine drew during each, where that can be read."""
+    if power is None:
+        for part in parts:
+            for tally in tallies:
+                tally.answer(part)
+        return [None] * len(tallies)
+    kwh: list[float | None] = []
+    for tally in tallies:  # a reading is of the whole machine, so one at a time
+        with power() as reading:
+            for part in parts:
+                tally.answer(part)
+        kwh.append(reading[0])
+    return kwh
 
 
 def power_meter(config: EnergyConfig) -> Callable[[], Any] | None:
