@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,9 +65,7 @@ def run(lab: Lab) -> None:
     for data, windows in logs.items():
         for seed in lab.seeds:
             for name in ARMS:
-                lab.measure(
-                    f"{data}: {name}", seed, lambda d=data, w=windows, n=name, s=seed: measured(lab, d, w, n, s)
-                )  # type: ignore[misc]
+                lab.measure(f"{data}: {name}", seed, partial(measured, lab, data, windows, name, seed))
 
 
 def measured(lab: Lab, data: str, windows: Windows, name: str, seed: int) -> dict[str, float]:

@@ -39,6 +39,9 @@ class PairNodes(nn.Module):
     ConfigError for pairs that the log can not give, or that a view's events do not tell.
     """
 
+    first_of_item_P: Tensor
+    first_of_user_P: Tensor
+
     def __init__(self, space: Space, pairs: tuple[str, ...]) -> None:
         super().__init__()
         self.ids = IdPairs(space, pairs, 1)
@@ -54,6 +57,9 @@ class PairNodes(nn.Module):
         }
         ends = np.cumsum([size + 1 for size in sizes.values()])
         self.first = dict(zip(sizes, [0, *ends[:-1].tolist()], strict=True))
+        for side, names in zip(("item", "user"), zip(*self.ids.pairs, strict=True), strict=True):
+            first_P = torch.tensor([self.first[name] for name in names])
+            self.register_buffer(f"first_of_{side}_P", first_P, persistent=False)
         self.num_nodes = int(ends[-1])
 
     def keys(self, one: Tensor, other: Tensor) -> Tensor:
@@ -68,20 +74,20 @@ class PairNodes(nn.Module):
         """Nodes int64 [t, P] of catalogue rows [t], and which of them are known values."""
         values = self.ids.candidate(rows)
         value_tP = torch.stack([values[c] for c, _ in self.ids.pairs], dim=1)
-        return value_tP + value_tP.new_tensor([self.first[c] for c, _ in self.ids.pairs]), value_tP > 0
+        return value_tP + self.first_of_item_P, value_tP > 0
 
     def of_requests(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The same of requests, [B, P]."""
         values = self.ids.request(batch)
         value_BP = torch.cat([values[u].ids_BL for _, u in self.ids.pairs], dim=1)
-        return value_BP + value_BP.new_tensor([self.first[u] for _, u in self.ids.pairs]), value_BP > 0
+        return value_BP + self.first_of_user_P, value_BP > 0
 
     def of_users(self, view: View, user_E: Tensor) -> tuple[Tensor, Tensor]:
         """The same of a view's users with the rows [E]."""
         columns = view.users.gather(user_E)
         values = [user_E if u == "user" else columns[u.removeprefix("user.")] for _, u in self.ids.pairs]
         value_EP = torch.stack(values, dim=1)  # type: ignore[arg-type]  # IdPairs lets none but single ids through
-        return value_EP + value_EP.new_tensor([self.first[u] for _, u in self.ids.pairs]), value_EP > 0
+        return value_EP + self.first_of_user_P, value_EP > 0
 
 
 class Counted(NamedTuple):
