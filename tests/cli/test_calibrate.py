@@ -10,6 +10,7 @@ from cli_support import refused, shortlist, succeeds, write_shop
 from shortlist.cascade.allocation.calibration import load_allocation
 from shortlist.cascade.lessons import make_batch
 from shortlist.cascade.run import load_run
+from shortlist.cli._bar import bars
 
 OFFERING = """
 [surface]
@@ -112,3 +113,15 @@ def test_help_names_the_folder():
     ended = shortlist("calibrate", "--help")
     assert ended.code == 0
     assert "RUN.allocation" in ended.out
+
+
+def test_a_bar_on_a_terminal_alone(monkeypatch, capsys):
+    with bars(shown=True) as tell:
+        tell("replaying", 1, 2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    for shown, words in ((False, ""), (True, "replaying")):
+        with bars(shown=shown) as tell:
+            tell("replaying", 1, 2)
+            tell("replaying", 2, 2)
+        assert words in capsys.readouterr().err

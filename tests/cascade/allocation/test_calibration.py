@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -304,3 +305,11 @@ def test_every_allocator_can_be_calibrated_saved_and_loaded(name, tmp_path):
 def test_the_oracle_can_not_serve():
     with pytest.raises((ConfigError, DataError), match="oracle"):
         calibrate(run_with('system = "oracle"\nbudget_ms = 2.5'))
+
+
+def test_the_example_offers_chains_to_choose_from():
+    config = RunConfig.from_toml(Path(__file__).parents[3] / "examples" / "budget.toml")
+    chains = offered_chains(config)
+    assert len(chains) == 27
+    assert config.allocation.system == "greenflow"
+    assert len({chain.actions[2].systems for chain in chains}) == 3

@@ -86,8 +86,8 @@ def measure_costs(
     requests: Requests,
     chains: Sequence[Chain],
     *,
-    num_alone: int = 32,
-    num_batches: int = 6,
+    num_alone: int = 24,
+    num_batches: int = 4,
     seed: int = 0,
     tell: Tell = lambda what, done, of: None,
 ) -> ChainCosts:
