@@ -404,7 +404,7 @@ class VectorProduct(Ranker):
         if self.kept_Nd is not None:
             item_td = self.kept_Nd[rows.values]
         else:
-            nothing = State(state.own_BX, rows.values.new_zeros(0, 0), state.own_BX.new_zeros(0))
+            nothing = State(state.own_BX, rows.values.new_zeros(0, 0), state.own_BX.new_zeros(0, 0))
             own_tX = self.fields.candidate(nothing, candidates).flatten(1)
             item_td = self.item_tower(torch.cat([state.own_BX[row_t], own_tX], dim=1))
         return {self.space.tasks[0]: (state.user_Bd[row_t] * item_td).sum(1) + self.bias}

@@ -76,9 +76,9 @@ class State(NamedTuple):
     request_BX: Tensor
     """Its share of the first layer [B, W]; while fields are chosen, its fields' vectors end to end [B, Fr D]."""
     past_BS: Tensor
-    """int64: codes of what the past holds, ascending, see MatchFields."""
-    num_past_B: Tensor
-    """float32: past events read."""
+    """int64: distinct codes of what the past holds, ascending, see MatchFields."""
+    share_BS: Tensor
+    """float32: share of the past events that have each code."""
 
 
 class MatchFields(nn.Module):
@@ -89,8 +89,8 @@ class MatchFields(nn.Module):
         names: of the match fields, "match" for the item itself.
         max_history: newest events that are read.
 
-    Every value of every field has a code of its own. A request's past is its sorted codes; a candidate's count is the distance between
-    two binary searches in them.
+    Every value of every field has a code of its own. A request's past is its distinct codes, sorted, with their shares; a candidate's value
+    is found among them by binary search.
     """
 
     def __init__(self, space: Space, names: Sequence[str], max_history: int) -> None:
@@ -107,19 +107,20 @@ class MatchFields(nn.Module):
         self.columns.keep({name.removeprefix("match.") for name in self.names})
 
     def past(self, history: History, num_requests: int) -> tuple[Tensor, Tensor]:
-        """`past_BS` and `num_past_B` of State; S is 0 where nothing is compared."""
+        """`past_BS` and `share_BS` of State; S is 0 where nothing is compared."""
         items = history.last(self.max_history).items
-        num_past_B = items.lengths.float()
         if not self.names:
-            return items.values.new_zeros(num_requests, 0), num_past_B
+            nothing = items.values.new_zeros(num_requests, 0)
+            return nothing, nothing.float()
         request_E, places = items.row_of_value, []
         for name in self.names:
             code, event = self._codes(name, items.values)
             places.append((request_E[event] * self.num_codes + code)[code > self.first[name]])  # value 0 is unknown
-        place = torch.cat(places).sort().values
+        place, count = torch.cat(places).sort().values.unique_consecutive(return_counts=True)
         request = torch.div(place, self.num_codes, rounding_mode="floor")
         codes = Jagged.from_lengths(place % self.num_codes, torch.bincount(request, minlength=num_requests))
-        return codes.padded(fill=self.num_codes - 1)[0], num_past_B
+        share = count / items.lengths[request]
+        return codes.padded(fill=self.num_codes - 1)[0], codes.with_values(share).padded()[0]
 
     def forward(self, state: State, rows: Jagged) -> dict[str, Tensor]:
         """By name, float32 [t]: the share, moved from 0..1 to -1..1; -1 where there is no past."""
@@ -128,13 +129,12 @@ class MatchFields(nn.Module):
             return found
         request_B1 = torch.arange(len(state.past_BS), device=rows.values.device)[:, None]
         sorted_all = (request_B1 * self.num_codes + state.past_BS).flatten()
-        request_t = rows.row_of_value
+        share_all, request_t = state.share_BS.flatten(), rows.row_of_value
         for name in self.names:
             code, candidate = self._codes(name, rows.values)
-            request = request_t[candidate]
-            wanted = request * self.num_codes + code
-            count = torch.searchsorted(sorted_all, wanted, right=True) - torch.searchsorted(sorted_all, wanted)
-            share = count / state.num_past_B[request].clamp(min=1)
+            wanted = request_t[candidate] * self.num_codes + code
+            place = torch.searchsorted(sorted_all, wanted).clamp(max=len(sorted_all) - 1)
+            share = torch.where(sorted_all[place] == wanted, share_all[place], 0.0)
             found[name] = 2 * segment_mean(share, candidate, len(rows.values)) - 1
         return found
 
