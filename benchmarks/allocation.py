@@ -31,11 +31,11 @@ F = len(CONTEXT_NAMES)
 ALLOCATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "fixed": ("fixed", {}),
     "mixture": ("mixture", {}),
-    "dcaf": ("dcaf", {"reward": {"model": "linear", "epochs": 1}}),
+    "dcaf": ("dcaf", {}),
     "queue-only": ("queue-only", {"reward": {"epochs": 1}}),
     "greenflow": ("greenflow", {"reward": {"epochs": 1}}),
-    "greenflow, linear": ("greenflow", {"reward": {"model": "linear"}}),
-    "greenflow, plain network": ("greenflow", {"reward": {"model": "plain", "epochs": 1}}),
+    "greenflow, linear": ("greenflow", {"model": "linear"}),
+    "greenflow, plain network": ("greenflow", {"model": "plain", "reward": {"epochs": 1}}),
 }
 
 

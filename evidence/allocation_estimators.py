@@ -14,21 +14,25 @@ import numpy as np
 import _planted_funnel as planted
 from shortlist.cascade.allocation.base import ChainSet, Float
 from shortlist.cascade.allocation.dcaf import varied_J
-from shortlist.cascade.allocation.rewards import CountOrder, RewardConfig, RewardModel
+from shortlist.cascade.allocation.rewards import CountOrder, Kind, RewardConfig, RewardModel
 from shortlist.cascade.allocation.solver import best_mixture, solve
 from shortlist.evaluation.evidence import Arm, Claim, Judgement, Lab
 from shortlist.metrics.intervals import seed_interval
 
-MODELS: dict[str, dict[str, Any]] = {
-    "recursive": {"model": "recursive"},
-    "recursive, softmin": {"model": "recursive", "join": "softmin"},
-    "one log basis": {"model": "log"},
-    "plain network": {"model": "plain"},
-    "per-stage additive": {"model": "additive"},
-    "monotone network": {"model": "monotone"},
-    "linear": {"model": "linear"},
+MODELS: dict[str, tuple[Kind, dict[str, Any]]] = {
+    "recursive": ("recursive", {}),
+    "recursive, softmin": ("recursive", {"join": "softmin"}),
+    "one log basis": ("log", {}),
+    "plain network": ("plain", {}),
+    "per-stage additive": ("additive", {}),
+    "monotone network": ("monotone", {}),
+    "linear": ("linear", {}),
 }
-TRAINING: dict[str, Any] = {"dim": 32, "epochs": 40, "patience": 5}
+TRAINING: dict[int, dict[str, Any]] = {
+    2_000: {"dim": 32, "epochs": 120, "patience": 15},
+    20_000: {"dim": 32, "epochs": 25, "patience": 5},
+}
+"""By number of requests: a pass over few is short."""
 RATES = (1e-3, 4e-3)
 """Step sizes; each model gets the one that is better on the requests that validate."""
 SAMPLES = (2_000, 20_000)
@@ -57,15 +61,15 @@ def run(lab: Lab) -> None:
     samples = (2_000,) if lab.quick else SAMPLES
     for seed in lab.seeds:
         for number in samples:
-            for name, settings in MODELS.items():
+            for name, (kind, settings) in MODELS.items():
                 if not lab.quick or name in ("recursive", "plain network", "linear", "monotone network"):
-                    lab.measure(f"{name}, {number:,}", seed, partial(measured, settings, number, seed, lab.quick))
+                    lab.measure(f"{name}, {number:,}", seed, partial(measured, kind, settings, number, seed, lab.quick))
 
 
-def measured(settings: Mapping[str, Any], number: int, seed: int, quick: bool) -> dict[str, float]:
+def measured(kind: Kind, settings: Mapping[str, Any], number: int, seed: int, quick: bool) -> dict[str, float]:
     """What a model learns from so many requests, and what its values buy."""
     chains, world = planted.chains(), planted.Funnel.drawn(seed)
-    model = best_of_rates(settings, chains, world, number, seed, quick)
+    model = best_of_rates(kind, settings, chains, world, number, seed, quick)
     contexts_RF = world.contexts(TESTED, seed + 1_000)
     true_RJ = world.rewards(contexts_RF, chains)
     value_RJ = model.predict(contexts_RF)
@@ -81,14 +85,20 @@ def measured(settings: Mapping[str, Any], number: int, seed: int, quick: bool) -
 
 
 def best_of_rates(
-    settings: Mapping[str, Any], chains: ChainSet, world: planted.Funnel, number: int, seed: int, quick: bool
+    kind: Kind,
+    settings: Mapping[str, Any],
+    chains: ChainSet,
+    world: planted.Funnel,
+    number: int,
+    seed: int,
+    quick: bool,
 ) -> RewardModel:
     """The model with the better step size."""
     past = world.logged(number, chains, seed)
     fitted = []
-    for lr in RATES[1:] if quick or settings["model"] == "linear" else RATES:
-        training = {**TRAINING, **({"epochs": 8} if quick else {}), "lr": lr, "seed": seed}
-        model = RewardModel(RewardConfig(**settings, **training), chains, planted.NUM_FEATURES)
+    for lr in RATES[1:] if quick or kind == "linear" else RATES:
+        training = {**TRAINING[number], **({"epochs": 8} if quick else {}), "lr": lr, "seed": seed}
+        model = RewardModel(kind, RewardConfig(**settings, **training), chains, planted.NUM_FEATURES)
         model.fit(past)
         fitted.append(model)
     return min(fitted, key=lambda m: m.valid_loss)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from shortlist.cascade.allocation import solver
 from shortlist.cascade.allocation.base import Allocator, Budget, ChainSet, Choice, Float, Int, Outcomes, Spent
 from shortlist.cascade.allocation.contexts import CONTEXT_NAMES
-from shortlist.cascade.allocation.rewards import RewardConfig, RewardModel, mean_rewards
+from shortlist.cascade.allocation.rewards import Kind, RewardConfig, RewardModel, mean_rewards
 from shortlist.errors import ConfigError, DataError
 
 Bools = NDArray[np.bool_]
@@ -57,8 +57,10 @@ class PricedConfig(ChoiceConfig):
     """Number of the feature that tells newcomers: below 0 for them, as standardised "has history" is."""
     rho: float = 0.3
     """Weight of a window's own prices when `observe` blends them into the old ones."""
+    model: Kind = "recursive"
+    """Value model: linear; recursive, GreenFlow's; log, the same with one basis; monotone or plain, networks; additive, by stage."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """The value model."""
+    """How it learns."""
 
     def __post_init__(self) -> None:
         ChoiceConfig.__post_init__(self)
@@ -87,7 +89,7 @@ class Chooser(Allocator):
         self.model: RewardModel | None = None
         """Predicts values."""
         if isinstance(config, PricedConfig):
-            self.model = RewardModel(config.reward, chains, num_features)
+            self.model = RewardModel(config.model, config.reward, chains, num_features)
             if config.floor and config.newcomers >= num_features:
                 raise ConfigError(
                     f"feature {config.newcomers} is to tell newcomers, but requests have {num_features} features; "

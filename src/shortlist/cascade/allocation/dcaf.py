@@ -1,18 +1,23 @@
 """DCAF: how many candidates one stage scores, by what the request is worth.
 
-"DCAF: A Dynamic Computation Allocation Framework for Online Serving System", Jiang et al., DLP-KDD 2020: decision rule, value model
-(linear on features and action, as it was served) and price; solver.py says where the printed algorithm is corrected.
+"DCAF: A Dynamic Computation Allocation Framework for Online Serving System", Jiang et al., DLP-KDD 2020. With a price per unit of compute
+a request gets argmax_j (value_ij - price * cost_j) over the counts j of one stage; the price is the lowest that keeps the budget, found by
+bisection on past requests. The value model is linear in features x one-hot count, as it was served, then made monotone. Differences:
+Algorithm 1 is corrected (solver.py says where); every request is served, so none gets nothing; cost is measured instead of the number of
+candidates, one price per resource; newcomers get a floor. The cap (MaxPower) is `most_C`, which stress control sets.
+
+J chains j, R requests i.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from shortlist.cascade.allocation.base import ChainSet
 from shortlist.cascade.allocation.body import Bools, Chooser, PricedConfig
-from shortlist.cascade.allocation.rewards import RewardConfig
+from shortlist.cascade.allocation.rewards import Kind
 from shortlist.errors import ConfigError
 from shortlist.registry import nearest, system
 
@@ -27,8 +32,8 @@ class DCAFConfig(PricedConfig):
     """Stage whose number of candidates is chosen; the last stage where there is none of that name and this is the default."""
     chain: str = ""
     """Chain that all other stages are as in; empty = the dearest, the cascade at full strength."""
-    reward: RewardConfig = field(default_factory=lambda: RewardConfig(model="linear"))
-    """The value model."""
+    model: Kind = "linear"
+    """Value model; linear is the paper's. For others see greenflow."""
 
 
 @system("dcaf", stage="allocation", paper="Jiang et al., DLP-KDD 2020", cold_users=True)

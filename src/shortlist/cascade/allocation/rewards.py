@@ -1,6 +1,6 @@
 """What a chain is worth to a request: models learned from past requests.
 
-    model = RewardModel(RewardConfig(model="recursive"), chains, num_features)
+    model = RewardModel("recursive", RewardConfig(), chains, num_features)
     model.fit(outcomes)                  rows of all chains by replay, or one chain per request with the chance it had
     model.predict(contexts_RF)           [R, J]
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from shortlist.cascade.allocation.base import ChainSet, Float, Int, Outcomes
 from shortlist.cascade.allocation.reward_nets import Additive, Join, Monotone, Plain, Recursive, Shared
 from shortlist.errors import ConfigError, DataError
+from shortlist.registry import nearest
 
 Kind = Literal["linear", "recursive", "log", "monotone", "additive", "plain"]
 MONOTONE: tuple[Kind, ...] = ("linear", "recursive", "log", "monotone")
@@ -36,10 +37,8 @@ FAR = 8.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    """Settings of the value model."""
+    """How a value model learns; the linear one reads `valid_share`, `most_weight` and `seed` alone."""
 
-    model: Kind = "recursive"
-    """linear; recursive: GreenFlow's; log: the same with a single logarithmic basis; monotone, plain: networks; additive: by stage."""
     join: Join = "product"
     """How recursive ones join a stage's gain to what earlier stages let through: their product or their soft minimum."""
     loss: Literal["squared", "poisson"] = "squared"
@@ -130,12 +129,18 @@ class RewardModel:
     """Predicts the row of all chains' rewards from what is known of a request.
 
     Args:
+        kind: linear; recursive: GreenFlow's; log: the same with a single logarithmic basis; monotone, plain: networks; additive: by stage.
         config: settings.
         chains: J chains.
         num_features: F.
+
+    Raises ConfigError for another kind.
     """
 
-    def __init__(self, config: RewardConfig, chains: ChainSet, num_features: int) -> None:
+    def __init__(self, kind: Kind, config: RewardConfig, chains: ChainSet, num_features: int) -> None:
+        if kind not in get_args(Kind):
+            raise ConfigError(f"no value model named {kind!r}: {nearest(kind, list(get_args(Kind)))}")
+        self.kind: Kind = kind
         self.config, self.chains, self.num_features = config, chains, num_features
         self.order = CountOrder(chains)
         self.mean_F = np.zeros(num_features, dtype=np.float32)
@@ -144,7 +149,7 @@ class RewardModel:
         self.valid_loss = float("nan")
         """Loss on the requests that validated, in units of the mean reward; NaN before fitting."""
         self._weight_GJ: Float = np.zeros((num_features + 1, len(chains)))
-        self._net = None if config.model == "linear" else _net(config, chains, num_features)
+        self._net = None if kind == "linear" else _net(kind, config, chains, num_features)
         self._shared: list[Shared] | None = None
 
     def fit(self, outcomes: Outcomes) -> None:
@@ -158,7 +163,9 @@ class RewardModel:
         if self._net is None:
             self._weight_GJ, self.valid_loss = _ridge(lesson)
         else:
-            self._net, self.valid_loss = _train(self.config, self.chains, self.num_features, lesson)
+            self._net, self.valid_loss = _train(
+                _net(self.kind, self.config, self.chains, self.num_features), self.config, lesson
+            )
             self._shared = None
 
     def predict(self, contexts_RF: NDArray[np.float32]) -> Float:
@@ -172,7 +179,7 @@ class RewardModel:
             with torch.inference_mode():
                 values_RJ = self._forward(torch.from_numpy(x_RF)).numpy().astype(np.float64)
         values_RJ *= self.scale
-        return self.order.raised(values_RJ) if self.config.model in MONOTONE else values_RJ
+        return self.order.raised(values_RJ) if self.kind in MONOTONE else values_RJ
 
     def state(self) -> dict[str, Float]:
         """Arrays that `load_state` restores."""
@@ -324,12 +331,12 @@ def _solved(x_RG: Float, reward_RJ: Float, weight_RJ: Float, ridge: float) -> Fl
     return shared_G[:, None] + own_GJ
 
 
-def _net(config: RewardConfig, chains: ChainSet, num_features: int) -> nn.Module:
+def _net(kind: Kind, config: RewardConfig, chains: ChainSet, num_features: int) -> nn.Module:
     """The network with its first weights, the same for the same seed; torch's own generator is left as it was."""
     model_JK, count_JK, dim = chains.model_JK, chains.count_JK, config.dim
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        match config.model:
+        match kind:
             case "recursive":
                 return Recursive(num_features, model_JK, count_JK, dim=dim, join=config.join)
             case "log":
@@ -349,9 +356,8 @@ def _loss(config: RewardConfig, value_BJ: Tensor, reward_BJ: Tensor, weight_BJ: 
     return (error_BJ * weight_BJ).sum() / weight_BJ.sum().clamp(min=1e-12)
 
 
-def _train(config: RewardConfig, chains: ChainSet, num_features: int, lesson: _Lesson) -> tuple[nn.Module, float]:
+def _train(net: nn.Module, config: RewardConfig, lesson: _Lesson) -> tuple[nn.Module, float]:
     """The network with the weights that were best on the requests that validate, and their loss there. float32 on the CPU."""
-    net = _net(config, chains, num_features)
     x_RF = torch.from_numpy(lesson.x_RF)
     reward_RJ = torch.from_numpy(lesson.reward_RJ).float()
     weight_RJ = torch.from_numpy(lesson.weight_RJ).float()
