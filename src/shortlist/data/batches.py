@@ -181,7 +181,7 @@ def _move(thing: Any, device: torch.device | str) -> Any:
         return tuple(_move(inner, device) for inner in thing)
     if isinstance(thing, Mapping):
         return {name: _move(value, device) for name, value in thing.items()}
-    if not is_dataclass(thing):
+    if not is_dataclass(thing) or isinstance(thing, type):
         return thing
     return type(thing)(**{f.name: _move(getattr(thing, f.name), device) for f in fields(thing)})
 

@@ -206,7 +206,6 @@ class _Run:
         self.outcome = log.outcome(self.windows)
         self.by_time: Int = np.argsort(log.clicked_at, kind="stable")
         self.samples = emit(log.clicked_at, log.converted_at, self.windows, self.rule.stream).between(*span)
-        calm = replace(trainer, patience=None, max_seconds=None)
         known = as_known(log.clicked_at, log.converted_at, self.windows, self.start - 1)
         torch.manual_seed(trainer.seed)
         self.auxiliary = auxiliary_chances(
@@ -217,7 +216,7 @@ class _Run:
             self.windows,
             self.samples,
             now=self.start - 1,
-            trainer=replace(calm, epochs=config.feedback.auxiliary_epochs),
+            trainer=self._for(config.feedback.auxiliary_epochs),
             folder=self._folder("auxiliary"),
             progress=progress,
         )
@@ -228,13 +227,17 @@ class _Run:
             self.system,
             view,
             lambda phase: source_for(phase, name, lambda: self._source(known, {}, first=True)),
-            config=replace(calm, epochs=config.first_epochs),
+            config=self._for(config.first_epochs),
             folder=self._folder("first"),
             progress=progress,
         )
         self.told: list[dict[str, Any]] = []
         self.steps, self.seconds = 0, 0.0
         self.began_at = self.saved_at = time.monotonic()
+
+    def _for(self, epochs: int) -> TrainerConfig:
+        """The trainer's settings for a training before the stream."""
+        return replace(self.trainer, epochs=epochs, patience=None, max_seconds=None)
 
     def _folder(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name

@@ -214,6 +214,11 @@ def test_fnc_turns_odds_into_the_chance():
 # --- DFM ---
 
 
+def test_dfm_has_no_weights():
+    with pytest.raises(TypeError, match="DFM is no weighted cross-entropy"):
+        rule_of("dfm").targets(torch.zeros(1), seen_of([POSITIVE], 0.2, 0.5))
+
+
 def test_dfm_is_the_density_of_an_exponential_delay():
     """Chances of all that can be seen at an age add up to 1: the density over delays up to it, and not yet."""
     rule = rule_of("dfm")

@@ -14,7 +14,6 @@ n samples, H outputs of the network (1 for most rules).
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -62,8 +61,9 @@ class Seen:
         )
 
 
-class FeedbackRule(ABC):
-    """Turns what is seen of clicks into losses. `Config` is its settings dataclass."""
+class FeedbackRule:
+    """Turns what is seen of clicks into losses. `Config` is its settings dataclass. A rule writes `targets`, or `losses` where its loss is
+    no weighted cross-entropy."""
 
     kind: ClassVar[str] = "feedback-rule"
     Config: ClassVar[type]
@@ -87,9 +87,9 @@ class FeedbackRule(ABC):
         """What is emitted of a click."""
         return "late"
 
-    @abstractmethod
     def targets(self, chance_n: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
         """`up` and `down` [n] for the network's chances [n], which carry no gradient."""
+        raise TypeError(f"the loss of {type(self).__name__} is no weighted cross-entropy; call losses")
 
     def losses(self, logit_nH: Tensor, seen: Seen) -> Tensor:
         """float [n]: the loss of each sample."""
@@ -121,7 +121,7 @@ def make_feedback(choice: FeedbackChoice) -> FeedbackRule | None:
     """The chosen rule; None for "none". ConfigError: no rule of that name, or a setting that it does not have or refuses."""
     if choice.rule == "none":
         return None
-    return chosen(choice.rule, choice.settings, FeedbackRule, "feedback rule")  # type: ignore[type-abstract]
+    return chosen(choice.rule, choice.settings, FeedbackRule, "feedback rule")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

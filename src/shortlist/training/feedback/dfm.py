@@ -43,10 +43,6 @@ class DFM(FeedbackRule):
         """See FeedbackRule."""
         return "observed"
 
-    def targets(self, chance_n: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
-        """Not used: its loss is no weighted cross-entropy."""
-        raise TypeError("DFM's loss is a likelihood of delays, not a weighted cross-entropy; call losses")
-
     def losses(self, logit_nH: Tensor, seen: Seen) -> Tensor:
         """See FeedbackRule."""
         rate_n = softplus(logit_nH[:, 1]) + TINY
