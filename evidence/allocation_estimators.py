@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[Kind, dict[str, Any]]] = {
     "linear": ("linear", {}),
 }
 TRAINING: dict[int, dict[str, Any]] = {
-    2_000: {"dim": 32, "epochs": 120, "patience": 15},
+    2_000: {"dim": 32, "epochs": 60, "patience": 10},
     20_000: {"dim": 32, "epochs": 25, "patience": 5},
 }
 """By number of requests: a pass over few is short."""

@@ -1,13 +1,14 @@
 """The contract of every registered allocator, and what each one adds."""
 
 import json
+import timeit
 
 import numpy as np
 import pytest
 import torch
 
 from chain_support import NEW, F, contexts, logged, replayed, small_chains, true_rewards
-from shortlist.cascade.allocation.base import RESOURCES, Budget, Spent
+from shortlist.cascade.allocation.base import RESOURCES, Budget, ChainSet, Spent
 from shortlist.cascade.allocation.body import ChoiceConfig, Chooser, PricedConfig
 from shortlist.cascade.allocation.dcaf import varied_J
 from shortlist.cascade.allocation.saved import load_allocator, make_allocator, save_allocator
@@ -198,6 +199,26 @@ def test_more_choice_brings_more_and_the_oracle_most():
     }
     assert gain["greenflow"] > max(0.8, gain["dcaf"], gain["queue-only"]), gain
     assert gain["queue-only"] > 0.3, gain
+
+
+def test_decisions_are_quick_with_sixty_chains():
+    """The best of thirty calls, so that a busy machine does not count: half a millisecond alone, .05 a request in a batch of 16."""
+    rows = [(a, b, m) for m in range(3) for a in (20, 40, 80, 160, 320) for b in (5, 10, 15, 20)]
+    count = np.array([(a, b) for a, b, _ in rows])
+    cost = count.sum(1) * (1 + np.array([m for *_, m in rows]))
+    order = np.argsort(cost, kind="stable")
+    chains = ChainSet(
+        names=tuple(map(str, rows)),
+        stages=("retrieval", "ranking"),
+        model_JK=np.array([(0, m) for *_, m in rows]),
+        count_JK=count,
+        costs_JC=np.stack([cost, cost], 1).astype(float),
+    ).select(order)
+    for name in ("dcaf", "greenflow"):
+        allocator = make_allocator(name, {"newcomers": NEW}, chains, F)
+        allocator.aim(Budget(ms=200.0), DAY)
+        for size, most in ((1, 0.5e-3), (16, 16 * 0.05e-3)):
+            assert min(timeit.repeat(lambda: allocator.choose(DAY[:size]), number=1, repeat=30)) < most, (name, size)  # noqa: B023
 
 
 def test_newcomers_get_at_least_the_median_chain():

@@ -180,6 +180,8 @@ class TestEveryModel:
         x = contexts(9, seed=2)
         alone = np.concatenate([model.predict(row[None]) for row in x])
         np.testing.assert_allclose(alone, model.predict(x), rtol=1e-5, atol=1e-7)
+        many = np.tile(x, (1000, 1))  # more than are seen at once
+        np.testing.assert_allclose(model.predict(many), np.tile(alone, (1000, 1)), rtol=1e-5, atol=1e-7)
 
     def test_scale_of_rewards_is_the_scale_of_values(self, kind):
         outcomes = logged(200, CHAINS)
@@ -277,6 +279,7 @@ def test_bad_outcomes_and_settings_are_refused_by_name():
         "0 or above": replace(good, rewards_RJ=-good.rewards_RJ),
         "no reward": replace(good, rewards_RJ=good.rewards_RJ * np.nan),
         "propensity": replace(good, propensity_RJ=np.zeros_like(good.rewards_RJ)),
+        "users who validate": replace(good, rewards_RJ=np.where(good.users_R[:, None] == 0, good.rewards_RJ, np.nan)),
         "two users": replace(good, users_R=np.zeros(10, dtype=np.int64)),
     }
     for message, outcomes in bad.items():

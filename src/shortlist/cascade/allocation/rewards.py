@@ -33,6 +33,8 @@ RIDGES = (1.0, 10.0, 100.0, 1000.0)
 """Strengths of which the linear model takes the best on the requests that validate."""
 FAR = 8.0
 """Standard deviations from its mean at which a feature is cut, so that a strange request gets no strange price."""
+AT_ONCE = 4096
+"""Requests that a network sees at a time: the plain one holds a hidden vector for each of their chains."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,13 +92,14 @@ class CountOrder:
 
         On a grid of all counts of all stages, where cells without a chain start empty; values that are in order come back bit for bit.
         """
-        grid_RX = np.full((len(values_RJ), int(np.prod(self.shape))), -np.inf)
-        grid_RX[:, self.cell_J] = values_RJ
-        grid = grid_RX.reshape(len(values_RJ), *self.shape)
-        for axis, size in enumerate(self.shape[1:], start=2):
-            if size > 1:
-                np.maximum.accumulate(grid, axis=axis, out=grid)
-        return grid_RX[:, self.cell_J]
+        grid_XR = np.full((int(np.prod(self.shape)), len(values_RJ)), -np.inf)
+        grid_XR[self.cell_J] = values_RJ.T
+        grid = grid_XR.reshape(*self.shape, len(values_RJ))
+        for axis, size in enumerate(self.shape[1:], start=1):
+            along = np.moveaxis(grid, axis, 0)
+            for i in range(1, size):  # many times faster than np.maximum.accumulate
+                np.maximum(along[i], along[i - 1], out=along[i])
+        return np.ascontiguousarray(grid_XR[self.cell_J].T)
 
     def pairs(self) -> tuple[Int, Int]:
         """Numbers of all pairs (below, above) of different chains."""
@@ -172,6 +175,10 @@ class RewardModel:
         """float64 [R, J]: expected rewards. DataError for another number of features."""
         if contexts_RF.ndim != 2 or contexts_RF.shape[1] != self.num_features:
             raise DataError(f"this model reads {self.num_features} features per request, got {contexts_RF.shape}")
+        parts = [self._rows(contexts_RF[i : i + AT_ONCE]) for i in range(0, max(len(contexts_RF), 1), AT_ONCE)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _rows(self, contexts_RF: NDArray[np.float32]) -> Float:
         x_RF = self._scaled(contexts_RF)
         if self._net is None:
             values_RJ = x_RF @ self._weight_GJ[1:] + self._weight_GJ[0]
@@ -235,6 +242,8 @@ class RewardModel:
         weight_RJ = known_weights(outcomes, self.config.most_weight)
         reward_RJ = np.where(weight_RJ > 0, outcomes.rewards_RJ, 0.0)
         valid_R = _validating(outcomes.users_R, self.config)
+        if not (weight_RJ[valid_R].any() and weight_RJ[~valid_R].any()):
+            raise DataError("no reward is known of the users who validate, or of the others; log more requests")
         self.mean_F = outcomes.contexts_RF.mean(0, dtype=np.float64).astype(np.float32)
         deviation_F = outcomes.contexts_RF.std(0, dtype=np.float64).astype(np.float32)
         self.deviation_F = np.where(deviation_F > 1e-6, deviation_F, np.float32(1.0))
@@ -363,8 +372,6 @@ def _train(net: nn.Module, config: RewardConfig, lesson: _Lesson) -> tuple[nn.Mo
     weight_RJ = torch.from_numpy(lesson.weight_RJ).float()
     learn = np.flatnonzero(~lesson.valid_R & (lesson.weight_RJ > 0).any(1))
     valid = torch.from_numpy(np.flatnonzero(lesson.valid_R))
-    if not len(learn):
-        raise DataError("no reward is known of the users who do not validate; log more requests")
     optimiser = torch.optim.Adam(net.parameters(), lr=config.lr)
     rng = np.random.default_rng((config.seed, 1))
     best_loss, best, waited = float("inf"), _weights(net), 0
@@ -376,8 +383,8 @@ def _train(net: nn.Module, config: RewardConfig, lesson: _Lesson) -> tuple[nn.Mo
             loss.backward()
             optimiser.step()
         with torch.inference_mode():
-            parts = [_loss(config, net(x_RF[r]), reward_RJ[r], weight_RJ[r]) for r in valid.split(4096)]
-            sizes = [weight_RJ[r].sum() for r in valid.split(4096)]
+            parts = [_loss(config, net(x_RF[r]), reward_RJ[r], weight_RJ[r]) for r in valid.split(AT_ONCE)]
+            sizes = [weight_RJ[r].sum() for r in valid.split(AT_ONCE)]
             now = float(sum(p * s for p, s in zip(parts, sizes)) / max(float(sum(sizes)), 1e-12))
         waited += 1
         if now < best_loss:
