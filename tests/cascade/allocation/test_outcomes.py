@@ -175,12 +175,23 @@ def test_dominated_is_what_a_plain_loop_finds(seed):
 def test_pruning_leaves_the_frontier():
     chains = chain_set([[9, 1], [5, 2], [5, 3], [6, 4], [2, 5], [9, 6]])
     outcomes = rewarded([0.1, 0.5, 0.4, 0.6, 0.3, 0.6])
+    outcomes.rewards_RJ[:, 5] += [0.1, -0.1, 0.1, -0.1]
     # 2 costs more time than 1 and brings less; 5 brings what 3 does; 4 brings less but needs the fewest FLOPs.
     assert prune(chains, outcomes, least=1).tolist() == [0, 1, 3, 4]
     assert prune(chains, outcomes, resources=[1], least=1).tolist() == [0, 1, 3]
     # When five are wanted, 5 loses nothing against 3 and comes back before 2, which loses 0.1.
     assert prune(chains, outcomes, least=5).tolist() == [0, 1, 3, 4, 5]
     assert prune(chains, outcomes, least=99).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_twins_do_not_come_back():
+    """A chain that costs more and brings the same to every request can help nobody."""
+    chains = chain_set([[1, 1], [2, 2], [3, 3], [4, 4]])
+    outcomes = rewarded([0.1, 0.5, 0.5, 0.4])
+    assert prune(chains, outcomes, least=1).tolist() == [0, 1]
+    assert prune(chains, outcomes, least=4).tolist() == [0, 1, 3]
+    outcomes.rewards_RJ[:, 2] += [0.2, -0.2, 0, 0]  # the same on average, better for some
+    assert prune(chains, outcomes, least=3).tolist() == [0, 1, 2]
 
 
 def test_the_cheapest_chain_stays_and_untried_ones_do_not_disturb():

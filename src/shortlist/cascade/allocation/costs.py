@@ -6,7 +6,8 @@
 
 FLOPs are no latency: gathers and calls weigh most in small systems. So both are kept, a budget may limit either, and how well they
 agree is reported. Measured time is made monotone: among chains of the same systems, one that scores more candidates at every stage
-never costs less.
+never costs less. Nothing is remembered of a user between requests here, so a server whose systems remember may spend less; what it
+really spends is what near-line control goes by.
 
 R requests, J chains, K stages, C resources, P passes over the same requests, T batches that are timed.
 """

@@ -96,13 +96,14 @@ def prune(chains: ChainSet, outcomes: Outcomes, *, resources: Sequence[int] | No
 
     A chain that is dominated on average may still be best for a few requests, but what an allocator has to learn grows with every chain.
     The cheapest chain always stays. Where fewer than `least` would be left, the dominated ones that lose least come back: those that fall
-    the least short, in worth, of the best chain that costs no more.
+    the least short, in worth, of the best chain that costs no more. Twins never do: chains that cost no less than another one and bring
+    the same to every single request.
 
     Args:
         chains: J.
         outcomes: of calibration requests, never of those on which the choice is judged.
         resources: numbers of the resources that count, those under a budget; None = all.
-        least: chains that stay at least, where there are so many.
+        least: chains that stay at least, where so many are no twins.
     """
     if not len(outcomes):
         raise DataError("chains can not be compared without requests")
@@ -112,8 +113,11 @@ def prune(chains: ChainSet, outcomes: Outcomes, *, resources: Sequence[int] | No
     falls_J[0] = False
     affordable_JJ = (costs_JC[:, None] <= costs_JC).all(-1)
     short_J = np.where(affordable_JJ, worth_J[:, None], -np.inf).max(0) - worth_J
-    order_J = np.lexsort((short_J, falls_J))
-    num_kept = max(int((~falls_J).sum()), min(least, len(chains)))
+    group_J = np.unique(outcomes.rewards_RJ, axis=1, return_inverse=True)[1].ravel()
+    first_JJ = np.arange(len(chains))[:, None] < np.arange(len(chains))
+    twin_J = falls_J & ((group_J[:, None] == group_J) & affordable_JJ & first_JJ).any(0)
+    order_J = np.lexsort((short_J, falls_J, twin_J))
+    num_kept = max(int((~falls_J).sum()), min(least, int((~twin_J).sum())))
     return np.sort(order_J[:num_kept])
 
 
