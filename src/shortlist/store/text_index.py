@@ -240,7 +240,9 @@ class TextIndex:
     def with_vectors(self, encoder: TextEncoder, texts: pl.Series) -> TextIndex:
         """The same with a vector of each text [n]."""
         vectors = torch.zeros(self.num_items + 1, encoder.dim)
+        texts = texts.fill_null("")
         vectors[1:] = encoder.encode(texts.to_list())
+        vectors[1:][torch.from_numpy((texts.str.strip_chars() == "").to_numpy())] = 0  # no text is near nothing
         about = {**self.about, "encoder": encoder.name, "dim": encoder.dim, "max_tokens": self.config.max_tokens}
         return TextIndex(self.words, self.grams, self.config, vectors=vectors, encoder=encoder, about=about)
 
