@@ -57,6 +57,8 @@ class Answer:
     """Wall time; of a batch, its share."""
     allotted: Allotted
     """Why it was this chain."""
+    note: str | None = None
+    """What else to know of the answer, such as how a query was read; no fault."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -92,6 +94,8 @@ class Circumstances:
     """Per request."""
     allotted: Sequence[Allotted]
     """[B]."""
+    note: str | None = None
+    """For all of them."""
 
 
 def make_answers(live: Live, page: Page, told: Circumstances) -> list[Answer]:
@@ -131,6 +135,7 @@ def make_answers(live: Live, page: Page, told: Circumstances) -> list[Answer]:
                 at=told.moments[place],
                 spent_ms=told.spent_ms,
                 allotted=told.allotted[place],
+                note=told.note,
             )
         )
     return answers

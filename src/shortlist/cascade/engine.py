@@ -34,6 +34,7 @@ from shortlist.cascade.pasts import PastEvent, pasts
 from shortlist.cascade.questions import Asked, Question, check, page_size, together
 from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.rules import Rules
+from shortlist.cascade.search import SearchConfig, find
 from shortlist.cascade.summaries import open_summaries
 from shortlist.data.batches import Batch
 from shortlist.data.jagged import Jagged
@@ -64,6 +65,8 @@ class EngineConfig:
 
     governor: GovernorConfig = field(default_factory=GovernorConfig)
     """What a calibrated allocator may spend."""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """How queries are answered."""
 
     def __post_init__(self) -> None:
         for name in ("max_k", "max_ids", "max_sent_history", "batch_size"):
@@ -250,6 +253,26 @@ class Engine:
             budget=budget or Budget(),
             chain=chain,
         )
+        return self._alone(question)
+
+    def search(self, user: Id | None, query: str, k: int | None = None, *, rules: Rules | None = None) -> Answer:
+        """A page of items whose text matches a query, in an order that knows the user; see cascade/search.py.
+
+        No item matches: the page is empty, and `note` says so. Other wishes go into a Question with a query, given to `answer`.
+
+        Args:
+            user: id, known or not; None = nobody in particular.
+            query: words, of which a page needs not have all.
+            k: items; None = a page of the surface.
+            rules: which items may be shown; items of the user's past are kept unless they say otherwise.
+
+        Raises:
+            ConfigError: the query is empty or too long, `k` is out of range, or the extra `search` is not installed.
+            DataError: the run's items have no text.
+        """
+        return self._alone(Question(user=user, k=k, query=query, rules=rules or Rules()))
+
+    def _alone(self, question: Question) -> Answer:
         began = time.perf_counter()
         live = self._live
         return self._answer(live, self._check(live, question), began, log=True)[0]
@@ -404,7 +427,7 @@ class Engine:
             raise ConfigError(
                 "a request's budget needs to know what chains cost: run `shortlist calibrate` on this run, or leave the budget out"
             )
-        return asked
+        return asked if asked.query is None else find(live, asked, self.config.search)
 
     def _answer(
         self, live: Live, asked: Asked, began: float, *, log: bool, deadline_ms: float | None = None
@@ -432,6 +455,7 @@ class Engine:
                 num_unknown_candidates=asked.num_unknown_candidates,
                 spent_ms=(time.perf_counter() - began) * 1e3 / len(asked.users),
                 allotted=[decision.told[place] for place in places],
+                note=asked.note,
             )
             made = make_answers(live, page, told)
             for number, (place, answer) in enumerate(zip(places, made)):
@@ -457,18 +481,22 @@ class Engine:
         problems: list[str],
     ) -> Page:
         """What the cascade makes of it, or the last resort."""
-        if known.batch is not None:
+        found = asked.found
+        if known.batch is not None and (found is None or len(found.rows)):
             try:
-                return live.cascade.run(
+                page = live.cascade.run(
                     known.batch,
-                    k=asked.k,
+                    k=asked.k if found is None else len(found.rows),
                     candidates=None if asked.candidates is None else Jagged.from_rows([asked.candidates.tolist()]),
                     allowed=allowed,
                     chain=chain,
                     deadline_ms=deadline_ms,
                 )
+                return page if found is None else found.page(page, asked.k)
             except Exception as error:  # a request always gets a page
                 problems.append(reason_of("the cascade failed", error))
+        if found is not None:
+            return found.page(None, asked.k, None if known.batch is None else known.batch.excluded)
         return popular_page(live, asked, known, allowed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from shortlist.data.batches import request_batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int
 from shortlist.data.schema import FieldTable
+from shortlist.store.text_index import TextIndex
 
 
 class Live:
@@ -30,6 +32,9 @@ class Live:
         self.log_end: int = dataset.plan.now["end"]
         wish = cascade.config.surface.repeats
         self.repeats = dataset.repeats if wish == "auto" else wish == "yes"
+        self.texts: TextIndex | None = None
+        """Text of the items, for search; opened when the first query comes."""
+        self.texts_lock = threading.Lock()
         self.default_action = dataset.space.actions[0] if dataset.space.actions else None
 
     def ids(self, rows: Int) -> list[Any]:
