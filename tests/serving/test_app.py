@@ -59,6 +59,7 @@ def test_a_page_carries_what_is_promised(client, engine):
         "snapshot_version",
         "degraded",
         "removed",
+        "arranged",
         "ignored",
         "num_history",
         "at",

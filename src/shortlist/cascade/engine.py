@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.answers import Answer, Circumstances, logged, make_answers
+from shortlist.cascade.arranging import laid_out, longer
 from shortlist.cascade.cascade import Page
 from shortlist.cascade.governor import Allotted, Decision, GovernorConfig, open_governor
 from shortlist.cascade.knowing import Known, find_out, reason_of, rulings_of, stored
@@ -33,7 +34,7 @@ from shortlist.cascade.meter import Meter
 from shortlist.cascade.pasts import PastEvent, pasts
 from shortlist.cascade.questions import Asked, Question, check, page_size, together
 from shortlist.cascade.request_log import RequestLog
-from shortlist.cascade.rules import Rules
+from shortlist.cascade.rules import NO_RULES, Rules
 from shortlist.cascade.search import SearchConfig, find
 from shortlist.cascade.summaries import open_summaries
 from shortlist.data.batches import Batch
@@ -311,13 +312,16 @@ class Engine:
         asked = check(live, question, self.config)
         known = Known(batch=None, num_history=[0], moments=[int(time.time())])
         rulings = rulings_of(live, asked, known)
-        page = popular_page(live, asked, known, rulings[0].allowed)
+        page = popular_page(live, longer(asked), known, rulings[0].allowed)
+        problems = [reason]
+        page, arranged = laid_out(live, asked, known, rulings[0], page, problems)
         told = Circumstances(
             users=asked.users,
             num_history=known.num_history,
             moments=known.moments,
             rulings=rulings,
-            problems=[reason],
+            arranged=arranged,
+            problems=problems,
             num_unknown_candidates=asked.num_unknown_candidates,
             spent_ms=(time.perf_counter() - began) * 1e3,
             allotted=[Allotted(reason="fallback")],
@@ -342,8 +346,9 @@ class Engine:
         problems = list(live.problems)
         known = self._known(live, asked, problems)
         chain = _decide(live, asked, known, problems).chains[0]
-        allowed = rulings_of(live, asked, known)[0].allowed
-        page = self._page(live, asked, known, allowed, chain, self.config.deadline_ms, problems)
+        ruling = rulings_of(live, asked, known)[0]
+        page = self._page(live, longer(asked), known, ruling.allowed, chain, self.config.deadline_ms, problems)
+        page, _ = laid_out(live, asked, known, ruling, page, problems)
         return Traced(
             live=live,
             user=user,
@@ -353,13 +358,16 @@ class Engine:
             problems=tuple(problems),
         )
 
-    def recommend_many(self, users: Sequence[Id | None], k: int | None = None) -> list[Answer]:
-        """Pages for many users, `config.batch_size` at a time; not written to the request log."""
+    def recommend_many(
+        self, users: Sequence[Id | None], k: int | None = None, *, rules: Rules | None = None
+    ) -> list[Answer]:
+        """Pages for many users under one set of rules, `config.batch_size` at a time; not written to the request log."""
         live = self._live
+        ruled = check(live, Question(user=None, rules=rules or NO_RULES), self.config).rules
         k = page_size(live, k, self.config)
         answers: list[Answer] = []
         for start in range(0, len(users), self.config.batch_size):
-            asked = Asked(users=users[start : start + self.config.batch_size], k=k)
+            asked = Asked(users=users[start : start + self.config.batch_size], k=k, rules=ruled)
             answers += self._answer(live, asked, time.perf_counter(), log=False)
         return answers
 
@@ -444,13 +452,15 @@ class Engine:
             if len(places) < len(asked.users):
                 part = replace(asked, users=[asked.users[place] for place in places])
                 of_part = known.select(places)
-            page = self._page(live, part, of_part, rulings[0].allowed, name, limit, problems)
+            page = self._page(live, longer(part), of_part, rulings[0].allowed, name, limit, problems)
+            page, arranged = laid_out(live, part, of_part, rulings[0], page, problems)
             self.meter.add(page.chain, page.reports)
             told = Circumstances(
                 users=part.users,
                 num_history=of_part.num_history,
                 moments=of_part.moments,
                 rulings=[rulings[place] for place in places],
+                arranged=arranged,
                 problems=problems,
                 num_unknown_candidates=asked.num_unknown_candidates,
                 spent_ms=(time.perf_counter() - began) * 1e3 / len(asked.users),

@@ -43,7 +43,7 @@ class Question:
     candidates: Sequence[Id] | None = None
     """The only items to choose from."""
     rules: Rules = field(default_factory=Rules)
-    """Which items may be shown."""
+    """Which items may be shown and how the page is laid out, over the surface's own."""
     at: float | None = None
     """Seconds since 1970 UTC; later events are not read. None = now, with all that is known."""
     budget: Budget = field(default_factory=Budget)
@@ -117,12 +117,14 @@ def check(live: Live, question: Question, bounds: Bounds) -> Asked:
         ConfigError: `k` is out of range, a list is too long, no such chain.
         DataError: an unknown context column, or a history with some times missing.
     """
-    rules, candidates = question.rules, question.candidates
+    rules, candidates = question.rules.over(live.rules), question.candidates
     lists = {"history": question.history, "candidates": candidates, "allow": rules.allow, "deny": rules.deny}
     for name, given in lists.items():
         most = bounds.max_sent_history if name == "history" else bounds.max_ids
         if given is not None and len(given) > most:
             raise ConfigError(f"{name} has {len(given):,} entries; at most {most:,} are taken")
+    if rules is not live.rules:
+        live.check_rules(rules)
     if candidates is not None and not len(candidates):
         raise ConfigError("candidates is an empty list; leave it out to choose from all items")
     if question.at is not None and not 0 <= question.at < MAX_TIMESTAMP:
