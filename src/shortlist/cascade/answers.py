@@ -14,7 +14,10 @@ from shortlist.cascade.governor import Allotted
 from shortlist.cascade.live import Live
 from shortlist.cascade.meter import StageReport
 from shortlist.cascade.pasts import MS
+from shortlist.cascade.questions import Asked
+from shortlist.cascade.repeating import as_logged, brought_candidates
 from shortlist.cascade.request_log import LoggedRequest, LoggedStage
+from shortlist.cascade.rules import Rules
 from shortlist.cascade.ruling import Ruling
 from shortlist.data.histories import Float, Int
 from shortlist.data.vocabulary import Id
@@ -170,15 +173,18 @@ class _StageArrays:
         return same_kC.any(1).tolist(), self.scores[mine][same_kC.argmax(1)].tolist()
 
 
-def logged(page: Page, answer: Answer, k: int, place: int) -> LoggedRequest:
-    """One request of a page, for the request log: the one at `place`, which `answer` answers."""
+def logged(page: Page, answer: Answer, place: int, asked: Asked, number: int, surface: Rules) -> LoggedRequest:
+    """A request for the request log: at `place` of the page, and at `number` of those that were asked together.
+
+    `surface` are the rules that hold without any from the request.
+    """
     stages = [_StageArrays.of(trace) for trace in page.traces]
     mine = [slice(stage.offsets[place], stage.offsets[place + 1]) for stage in stages]
     return LoggedRequest(
         request_id=answer.request_id,
         at_ms=round(time.time() * MS),
         user=None if answer.user is None else str(answer.user),
-        k=k,
+        k=asked.k,
         chain=answer.chain,
         snapshot_version=answer.snapshot_version,
         page=[item.item_id for item in answer.items],
@@ -190,6 +196,11 @@ def logged(page: Page, answer: Answer, k: int, place: int) -> LoggedRequest:
         removed=answer.removed,
         degraded=answer.degraded,
         propensity=answer.allotted.propensity,
+        reason=answer.allotted.reason,
+        moment=answer.at,
+        num_history=answer.num_history,
+        asked=as_logged(asked, number, surface),
+        candidates=brought_candidates(asked),
     )
 
 

@@ -471,7 +471,7 @@ class Engine:
             for number, (place, answer) in enumerate(zip(places, made)):
                 answers[place] = answer
                 if log and self.request_log is not None:
-                    self.request_log.add(logged(page, answer, asked.k, number), live.ids)
+                    self.request_log.add(logged(page, answer, number, asked, place, live.rules), live.ids)
         done = [answer for answer in answers if answer is not None]
         if live.governor is not None:
             live.governor.note(decision, [answer.stages for answer in done])
