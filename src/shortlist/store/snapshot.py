@@ -78,7 +78,7 @@ def write_snapshot(folder: Path, write: Callable[[Path], None]) -> Manifest:
         write(beside)
         manifest = _describe(beside)
         _write_manifest(beside, manifest)
-        _flush(beside)
+        flush(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
@@ -196,8 +196,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(folder: Path) -> None:
-    """Force files and directories to disk, so that the rename can not outlive the content in a power cut."""
+def flush(folder: Path) -> None:
+    """Force a file, or a folder with all that is in it, to disk, so that the rename can not outlive the content in a power cut."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
