@@ -44,17 +44,53 @@ def command(
     target_ms: Annotated[
         float | None, typer.Option(help="Latency to keep to under overload, by giving up the dearest chains first.")
     ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(help="File of API keys (shortlist keys); needed to listen beyond this machine.")
+    ] = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="Port that /metrics and /v1/admin move to; default: none of their own.")
+    ] = None,
+    admin_host: Annotated[str, typer.Option(help="Address of that port.")] = "127.0.0.1",
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Site whose web pages may ask, such as https://shop.example; repeat."),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second that one key, or one address, may keep up; default: any.")
+    ] = None,
+    burst: Annotated[
+        int | None, typer.Option(help="Requests that one caller may send at once; default: those of two seconds.")
+    ] = None,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Log a JSON line per request, without personal data.")
+    ] = False,
     threads: Threads = None,
 ) -> None:
     """Serve a trained run over HTTP until it is told to stop (Ctrl-C or SIGTERM).
 
     Example: shortlist serve RUN --port 8000
     """
-    from shortlist.serving.settings import ServerConfig, bind
+    from shortlist.serving.settings import ServerConfig, bind, bind_admin
 
-    config = ServerConfig(host=host, port=port, num_workers=at_once, max_batch=max_batch, time_limit_ms=time_limit_ms)
+    config = ServerConfig(
+        host=host,
+        port=port,
+        keys=keys,
+        admin_port=admin_port,
+        admin_host=admin_host,
+        cors=tuple(cors or ()),
+        rate_per_s=rate,
+        burst=burst,
+        log_requests=log_requests,
+        num_workers=at_once,
+        max_batch=max_batch,
+        time_limit_ms=time_limit_ms,
+    )
     folder = run.absolute()
-    with bind(config) as listener:  # first, since a taken port should not cost the time that loading takes
+    with (
+        bind(config) as listener,
+        bind_admin(config) as admin,
+    ):  # first, since a taken port should not cost the time that loading takes
         from shortlist.cascade.allocation.base import Budget
         from shortlist.cascade.engine import Engine, EngineConfig
         from shortlist.cascade.governor import GovernorConfig
@@ -74,4 +110,4 @@ def command(
             config=EngineConfig(deadline_ms=deadline_ms, governor=governor),
         )
         with engine:
-            server.run(engine, listener, config, say=typer.echo)
+            server.run(engine, listener, config, say=typer.echo, admin=admin)

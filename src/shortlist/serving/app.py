@@ -2,6 +2,7 @@
 
     GET  /v1/recommend/{user}?k=10     POST /v1/recommend     POST /v1/events
     GET  /v1/search?q=red+mug          POST /v1/search
+    POST /v1/items  DELETE /v1/items/{item}      POST /v1/users  DELETE /v1/users/{user}
     GET  /v1/health/live               GET  /v1/health/ready  GET  /metrics     GET /docs
 
 Requests for pages are answered in batches by a few workers (batching.py); other routes are plain functions, so they run in a pool of
@@ -18,13 +19,14 @@ from contextlib import asynccontextmanager
 import anyio.to_thread
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from starlette.middleware.cors import CORSMiddleware
 
 from shortlist._version import __version__
 from shortlist.cascade.engine import Engine
 from shortlist.serving.batching import Batcher
 from shortlist.serving.gate import Gate, add_error_handlers
 from shortlist.serving.metrics import Metrics
-from shortlist.serving.routes import events, recommend, search, state
+from shortlist.serving.routes import entities, events, recommend, search, state
 from shortlist.serving.routes.common import Server
 from shortlist.serving.settings import ServerConfig
 
@@ -48,9 +50,17 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.add_middleware(Gate, metrics=metrics, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(Gate, metrics=metrics, config=config)
+    if config.cors:  # around the gate: a browser asks without a key whether it may ask
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors,
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
+            allow_headers=["authorization", "content-type", "x-api-key", "x-request-id"],
+            expose_headers=["retry-after", "x-request-id"],
+        )
     add_error_handlers(app)
     server = Server(engine=engine, batcher=batcher, metrics=metrics, config=config)
-    for routes in (recommend, search, events, state):
+    for routes in (recommend, search, events, entities, state):
         routes.add(app, server)
     return app

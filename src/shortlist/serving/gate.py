@@ -1,8 +1,8 @@
-"""What stands around every route: the limit on bodies, the count of requests, and errors as one sentence."""
+"""What stands around every route: who may ask, the limit on bodies, the count and the log of requests, and errors as one sentence."""
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
 import time
 from typing import Any
@@ -14,17 +14,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shortlist.errors import ShortlistError
 from shortlist.serving.batching import Overloaded
+from shortlist.serving.guard import Guard
+from shortlist.serving.logs import CALL, Call, log_request, request_id_of
 from shortlist.serving.metrics import Metrics
+from shortlist.serving.problems import nothing_at
+from shortlist.serving.problems import problem as problem
+from shortlist.serving.settings import ServerConfig
 from shortlist.store.events import StoreUnavailable
 
 LOG = logging.getLogger("shortlist.serving")
+METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+"""Counted under their names; what else a client may call a method is counted as "other", so that counters stay bounded."""
 
 
 class Gate:
-    """ASGI middleware: refuses bodies that are too long, times and counts every request."""
+    """ASGI middleware: refuses who may not ask and bodies that are too long or too slow; times, counts and logs every request.
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, max_body_bytes: int) -> None:
-        self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
+    Every answer has the header x-request-id, which its log lines carry; a page's is not to be kept by anything on the way.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, config: ServerConfig) -> None:
+        self.app, self.metrics, self.guard = app, metrics, Guard(config)
+        self.max_body_bytes, self.body_s = config.max_body_bytes, config.body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -33,30 +44,50 @@ class Gate:
             return
         began = time.perf_counter()
         status = 500
+        call = Call(request_id_of(scope["headers"]))
+        before = CALL.set(call)
+        own = [(b"x-request-id", call.request_id.encode())]
+        if scope["path"].startswith("/v1/"):
+            own.append((b"cache-control", b"no-store"))
 
         async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), *own]}
             await send(message)
 
         try:
-            await self._limited(scope, receive, send_and_note)
+            refusal = await self.guard.refusal(scope)
+            if refusal is not None:
+                await refusal(scope, receive, send_and_note)
+            else:
+                await self._limited(scope, receive, send_and_note)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.metrics.answered(route, scope["method"], status, time.perf_counter() - began)
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            seconds = time.perf_counter() - began
+            self.metrics.answered(route, method, status, seconds)
+            log_request(method=method, route=route, status=status, seconds=seconds)
+            CALL.reset(before)
 
     async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Read the body up to the limit before the route sees it, so that a long one costs no more than the limit."""
+        """Read the body before the route sees it, up to a length and a time, so that a long or slow one costs no more than these."""
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         body, more = b"", scope["method"] in ("POST", "PUT", "PATCH")
         too_long = declared.isdigit() and int(declared) > self.max_body_bytes
-        while more and not too_long:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            too_long = len(body) > self.max_body_bytes
+        try:
+            async with asyncio.timeout(self.body_s if more else None):
+                while more and not too_long:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    body, more = body + message.get("body", b""), message.get("more_body", False)
+                    too_long = len(body) > self.max_body_bytes
+        except TimeoutError:
+            refusal = problem(408, f"the body did not come within {self.body_s:g} s; send it faster or in parts")
+            await refusal(scope, receive, send)
+            return
         if too_long:
             refusal = problem(413, f"the body is longer than {self.max_body_bytes:,} bytes; send it in parts")
             await refusal(scope, receive, send)
@@ -73,11 +104,6 @@ class Gate:
         await self.app(scope, replay, send)
 
 
-def problem(status: int, sentence: str) -> Response:
-    """An error as the client gets it."""
-    return Response(json.dumps({"error": sentence}), status_code=status, media_type="application/json")
-
-
 def add_error_handlers(app: FastAPI) -> None:
     """Every error becomes {"error": one sentence} with a status that says whose it is."""
 
@@ -92,8 +118,8 @@ def add_error_handlers(app: FastAPI) -> None:
     async def _http(request: Request, error: HTTPException) -> Response:
         sentence = str(error.detail)
         if error.status_code == 404:
-            sentence = f"there is nothing at {request.url.path}; /docs lists what there is"
-        elif error.status_code == 405:
+            return nothing_at(request.url.path)
+        if error.status_code == 405:
             sentence = f"{request.method} is not possible at {request.url.path}; /docs lists what is"
         elif error.status_code == 400 and "parsing the body" in sentence:
             sentence = "the body is not JSON that can be read"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import signal
 import socket
 import sys
@@ -13,11 +12,18 @@ import uvicorn
 
 from shortlist.cascade.engine import Engine
 from shortlist.errors import ConfigError
+from shortlist.serving import logs
 from shortlist.serving.app import create_app
-from shortlist.serving.settings import ServerConfig
+from shortlist.serving.settings import ServerConfig, with_ports
 
 
-def run(engine: Engine, listener: socket.socket, config: ServerConfig, say: Callable[[str], None]) -> None:
+def run(
+    engine: Engine,
+    listener: socket.socket,
+    config: ServerConfig,
+    say: Callable[[str], None],
+    admin: socket.socket | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT, then finish the requests under way. The engine stays the caller's to close.
 
     Args:
@@ -25,35 +31,49 @@ def run(engine: Engine, listener: socket.socket, config: ServerConfig, say: Call
         listener: from `settings.bind`.
         config: as given to it.
         say: gets one line when requests are taken, with the address.
+        admin: from `settings.bind_admin`; answers /metrics and /v1/admin in place of `listener`.
     """
     # Requests run side by side; a pool of torch threads inside each would only fight over the same cores.
     torch.set_num_threads(1)
     # A thread that holds the interpreter hands it over after 1 ms and not 5, so that a log writer's burst delays no answer by more.
     sys.setswitchinterval(0.001)
-    host, port = listener.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    if not ipaddress.ip_address(host).is_loopback:
-        say(
-            "anyone who can reach this address can read and write here: put something in front that checks who is asking"
-        )
+    config = with_ports(config, listener, admin)
+    address, inner = _address(listener), "" if admin is None else f"; metrics and admin at {_address(admin)}"
+    handler = logs.install(requests=config.log_requests)
     settings = uvicorn.Config(
         create_app(engine, config),
+        log_config=None,
         log_level="warning",
         access_log=False,
+        http="h11",  # the one that bounds the head of a request
+        h11_max_incomplete_event_size=config.max_head_bytes,
+        limit_concurrency=config.max_connections,
+        ws="none",
+        server_header=False,
         timeout_graceful_shutdown=config.grace_s,
     )
-    server = _Server(settings, lambda: say(f"serving {engine.snapshot_version} at {address} (docs at {address}/docs)"))
+    server = _Server(
+        settings, lambda: say(f"serving {engine.snapshot_version} at {address} (docs at {address}/docs){inner}")
+    )
     # uvicorn passes the signal on when it is done; here that only means: go on to the caller's closing.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        server.run(sockets=[listener])
+        server.run(sockets=[listener] if admin is None else [listener, admin])
     except KeyboardInterrupt:
         pass
     finally:
         signal.signal(signal.SIGTERM, before)
         listener.close()
+        if admin is not None:
+            admin.close()
+        logs.uninstall(handler)
     if not server.started:
         raise ConfigError("the server could not start; its log above says why")
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 class _Server(uvicorn.Server):

@@ -13,6 +13,7 @@ from shortlist.cascade.answers import Answer
 from shortlist.cascade.engine import LAST_RESORT, Engine
 from shortlist.cascade.questions import Question
 from shortlist.serving.batching import Batcher, Late, Overloaded
+from shortlist.serving.logs import CALL
 from shortlist.serving.metrics import Metrics
 from shortlist.serving.schemas import Problem
 from shortlist.serving.settings import ServerConfig
@@ -52,6 +53,9 @@ class Server:
             raise
         self.engine.answered((time.perf_counter() - began) * 1e3, failed=made.chain == LAST_RESORT)
         self.metrics.page(made)
+        call = CALL.get()
+        if call is not None:
+            call.page = made.request_id
         return made
 
 
