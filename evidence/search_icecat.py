@@ -46,9 +46,9 @@ CLAIM = Claim(
     "116 with at least one relevant product are asked. Unjudged products count as irrelevant",
     protocol="Half of the queries choose settings, the other half are asked once; three random halves. BM25: 9 settings of k1 and b. "
     "Fusion: 9 weights of each kind, over the BM25 that was chosen. The encoder (all-MiniLM-L6-v2, as packaged, never trained on this) "
-    "has nothing to choose. All arms run the product's index, the spelling of queries corrected in all. NDCG@10 with gains 2^grade - 1; `judged` is "
-    "the share of the first ten that somebody judged; `judged only` is NDCG@10 of the judged products in each arm's order. Intervals are "
-    "over queries",
+    "has nothing to choose. All arms run the product's index, the spelling of queries corrected in all. NDCG@10 with gains 2^grade - 1; "
+    "`judged` is the share of the first ten that somebody judged; `judged only` is NDCG@10 of the judged products in each arm's order. "
+    "Intervals are over queries",
     bar="The better fusion on validation has a higher NDCG@10 than BM25 and than the encoder, and the interval of its gain over the better "
     "of the two excludes 0, pooled over the three halves",
 )  # fmt: skip

@@ -114,8 +114,8 @@ def test_equal_matches_stand_in_order_of_rows_and_the_cut_keeps_it():
 # -- spelling --------------------------------------------------------------------------------------------------------
 
 
-def test_trigrams_mark_both_ends():
-    assert grams_of("mug") == ["^mu", "mug", "ug$"]
+def test_letters_in_twos_and_threes_mark_both_ends():
+    assert grams_of("mug") == ["^m", "mu", "ug", "g$", "^mu", "mug", "ug$"]
 
 
 def test_a_word_that_no_item_has_is_read_as_the_nearest_that_some_item_has():
@@ -130,6 +130,13 @@ def test_short_words_codes_and_words_like_none_are_not_corrected(word):
     assert query.unknown == (word,)
     assert not query.words
     assert not query.score_N.any()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("lmap", "lamp"), ("raeding", "reading"), ("handel", "handle"), ("pain", "paint")]
+)
+def test_letters_in_the_wrong_order_or_missing_are_put_right(typed, meant):
+    assert index().read(typed).corrected == {typed: meant}
 
 
 def test_spelling_can_be_left_as_it_is():

@@ -5,11 +5,11 @@
     index.best(index.read("blutooth speaker"), 100)     rows and scores, best match first
 
     folder/about.json                                   for which texts and settings it was made
-    folder/words.*  grams.*                             BM25 of items by words, and of words by their trigrams: for spelling
+    folder/words.*  grams.*                             BM25 of items by words, and of words by their letters: for spelling
     folder/vectors.npy                                  float32 [n + 1, D], row 0 zero
 
 Arrays are read from the files as they are needed (memory-mapped). A query's word that no item has is read as the nearest one that some
-item has, found among the words themselves by BM25 on character trigrams. n items, row 0 = no item; m matches.
+item has, found among the words themselves by BM25 on letters in twos and threes. n items, row 0 = no item; m matches.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ FORMAT = 1
 RANK_CONSTANT = 60
 """Of reciprocal rank fusion (Cormack, Clarke and Büttcher, SIGIR 2009)."""
 SHORTEST_CORRECTED = 4
-NEAR_WORDS = 8
-"""Words that share trigrams with an unknown one and are compared with it letter by letter."""
+NEAR_WORDS = 16
+"""Words that share most letters in twos and threes with an unknown one and are compared with it letter by letter."""
 _BY_LETTER = r"[\p{Han}\p{Hiragana}\p{Katakana}]"
 _WORD = rf"{_BY_LETTER}|[[\p{{L}}\p{{M}}\p{{N}}]--{_BY_LETTER}]+"
 _ACCENTS = "[\u0300-\u036f]"
@@ -124,9 +124,9 @@ def words_of(texts: pl.Series) -> pl.Series:
 
 
 def grams_of(word: str) -> list[str]:
-    """Trigrams of a word with its two ends marked."""
+    """Letters in twos and threes of a word with its two ends marked."""
     marked = f"^{word}$"
-    return [marked[start : start + 3] for start in range(len(marked) - 2)]
+    return [marked[start : start + size] for size in (2, 3) for start in range(len(marked) - size + 1)]
 
 
 class Bm25:
@@ -194,7 +194,7 @@ class TextIndex:
 
     Args:
         words: items by words.
-        grams: words by trigrams, for spelling.
+        grams: words by letters in twos and threes, for spelling.
         config: settings.
         vectors: float32 [n + 1, D] by the encoder; row 0 is never found.
         encoder: makes vectors of queries; without it, or without vectors, words are searched alone.
