@@ -30,7 +30,7 @@ MODELS: dict[str, tuple[Kind, dict[str, Any]]] = {
 }
 TRAINING: dict[int, dict[str, Any]] = {
     2_000: {"dim": 32, "epochs": 60, "patience": 10},
-    20_000: {"dim": 32, "epochs": 25, "patience": 5},
+    20_000: {"dim": 32, "epochs": 20, "patience": 5},
 }
 """By number of requests: a pass over few is short."""
 RATES = (1e-3, 4e-3)

@@ -14,6 +14,7 @@ from shortlist.cascade.allocation.rewards import (
     CountOrder,
     RewardConfig,
     RewardModel,
+    _validating,
     known_weights,
     mean_rewards,
 )
@@ -235,6 +236,15 @@ def test_propensities_undo_uneven_exploration():
     assert known_weights(outcomes, most=2.0).max() < known_weights(outcomes).max()
     with pytest.raises(DataError, match="3 chains"):
         mean_rewards(outcomes, 3)
+
+
+def test_no_user_is_on_both_sides_of_the_validating_split():
+    users = np.random.default_rng(0).integers(0, 40, 500)
+    valid_R = _validating(users, RewardConfig(valid_share=0.25))
+    assert not set(users[valid_R]) & set(users[~valid_R])
+    assert len(set(users[valid_R])) == 10
+    assert _validating(np.array([7, 7, 9]), RewardConfig(valid_share=0.01)).sum() in (1, 2)
+    assert (_validating(users, RewardConfig(seed=1)) != valid_R).any()
 
 
 def test_recursive_beats_one_basis_where_stages_bind_in_turn():
