@@ -1,5 +1,6 @@
 """The request log: what goes in comes out, old rows go, a full queue drops and counts, nothing is lost at closing."""
 
+import datetime
 import sqlite3
 import threading
 import time
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from shortlist.cascade.meter import StageReport
-from shortlist.cascade.request_log import LoggedRequest, LoggedStage, RequestLog
+from shortlist.cascade.request_log import LoggedRequest, LoggedStage, RequestLog, Span
 from shortlist.errors import ConfigError, DataError
 
 
@@ -38,6 +39,11 @@ REQUEST = LoggedRequest(
     reports=[REPORT],
     removed={"deny": 4},
     degraded="ranking: late",
+    reason="price",
+    moment=1_700_000_000,
+    num_history=3,
+    asked={"query": "mug"},
+    candidates=np.array([2, 5]),
 )
 
 
@@ -76,6 +82,10 @@ def test_a_request_is_found_with_all_its_parts(log):
         "k": 2,
         "page": ["i3", "i1"],
         "removed": {"deny": 4},
+        "reason": "price",
+        "moment": 1_700_000_000,
+        "num_history": 3,
+        "asked": {"query": "mug", "candidates": ["i2", "i5"]},
     }
     assert log.find("r2") is None
 
@@ -142,6 +152,38 @@ def test_a_record_that_can_not_be_written_is_counted_and_the_next_one_is_written
     assert log.find("r2") is not None
     assert log.find("r1") is None
     assert log.dropped == 1
+
+
+def test_a_window_is_read_in_order_and_the_newest_of_it_are_kept(log):
+    for number in range(12):
+        log.add(replace(REQUEST, request_id=f"r{number}", at_ms=1_000 + 10 * number), ids_of)
+    assert [r["request_id"] for r in log.read()] == [f"r{n}" for n in range(12)]
+    assert [r["request_id"] for r in log.read(since_ms=1_030, until_ms=1_060)] == ["r3", "r4", "r5"]
+    assert [r["request_id"] for r in log.read(until_ms=1_060, newest=2)] == ["r4", "r5"]
+    assert next(log.read(since_ms=1_110)) == log.find("r11")
+    assert list(log.read(since_ms=1_111)) == []
+
+
+def test_more_than_one_piece_is_read(tmp_path):
+    log = RequestLog(tmp_path / "requests.db")
+    for number in range(600):
+        log.add(replace(REQUEST, request_id=f"r{number}"), ids_of)
+    assert [r["request_id"] for r in log.read(newest=300)] == [f"r{n}" for n in range(300, 600)]
+    log.close()
+
+
+def test_what_is_gone_is_counted(log):
+    assert log.span() == Span(num_kept=0, num_gone=0, oldest_ms=None, newest_ms=None)
+    for number in range(57):
+        log.add(replace(REQUEST, request_id=f"r{number}", at_ms=number), ids_of)
+        log.flush()
+    assert log.span() == Span(num_kept=20, num_gone=37, oldest_ms=37, newest_ms=56)
+
+
+def test_values_that_json_does_not_know_are_kept_as_numbers_or_text(log):
+    when = datetime.date(2024, 5, 1)
+    log.add(replace(REQUEST, asked={"context": {"n": np.int64(4), "x": np.float32(0.5), "day": when}}), ids_of)
+    assert log.find("r1")["asked"]["context"] == {"n": 4, "x": 0.5, "day": "2024-05-01"}
 
 
 def test_bad_files_and_bounds_are_refused(tmp_path):

@@ -59,11 +59,13 @@ def test_a_page_carries_what_is_promised(client, engine):
         "snapshot_version",
         "degraded",
         "removed",
+        "arranged",
         "ignored",
         "num_history",
         "at",
         "spent_ms",
         "allotted",
+        "note",
     }
     assert set(page["items"][0]) == {"item_id", "score", "title", "scores"}
     assert page["items"][0]["title"] == f"Item number {page['items'][0]['item_id'] - FIRST_ITEM}"

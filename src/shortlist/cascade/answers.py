@@ -15,7 +15,7 @@ from shortlist.cascade.live import Live
 from shortlist.cascade.meter import StageReport
 from shortlist.cascade.pasts import MS
 from shortlist.cascade.request_log import LoggedRequest, LoggedStage
-from shortlist.cascade.rules import Ruling
+from shortlist.cascade.ruling import Ruling
 from shortlist.data.histories import Float, Int
 from shortlist.data.vocabulary import Id
 
@@ -47,8 +47,10 @@ class Answer:
     """What went wrong on the way; None when nothing did."""
     removed: Mapping[str, int]
     """Items that each rule took away: of the request's candidates where it has some, else of the catalogue."""
+    arranged: Mapping[str, int]
+    """Places of the page that each rule filled with another item than would stand there without it."""
     ignored: Mapping[str, int]
-    """Ids of the request that match no item, by where they stood."""
+    """Ids and values of the request that match nothing, by where they stood."""
     num_history: int
     """Events the answer knows of."""
     at: int
@@ -57,6 +59,8 @@ class Answer:
     """Wall time; of a batch, its share."""
     allotted: Allotted
     """Why it was this chain."""
+    note: str | None = None
+    """What else to know of the answer, such as how a query was read; no fault."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -84,6 +88,8 @@ class Circumstances:
     """[B] seconds."""
     rulings: Sequence[Ruling]
     """[B]."""
+    arranged: Sequence[Mapping[str, int]]
+    """[B] places that each rule filled."""
     problems: Sequence[str]
     """What went wrong outside the stages, for all of them."""
     num_unknown_candidates: int | None
@@ -92,6 +98,8 @@ class Circumstances:
     """Per request."""
     allotted: Sequence[Allotted]
     """[B]."""
+    note: str | None = None
+    """For all of them."""
 
 
 def make_answers(live: Live, page: Page, told: Circumstances) -> list[Answer]:
@@ -126,11 +134,13 @@ def make_answers(live: Live, page: Page, told: Circumstances) -> list[Answer]:
                 snapshot_version=live.version,
                 degraded="; ".join(degraded) or None,
                 removed=ruling.removed,
+                arranged=told.arranged[place],
                 ignored=ignored,
                 num_history=told.num_history[place],
                 at=told.moments[place],
                 spent_ms=told.spent_ms,
                 allotted=told.allotted[place],
+                note=told.note,
             )
         )
     return answers

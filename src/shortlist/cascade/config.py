@@ -2,6 +2,7 @@
 
     [data]                        how the log is encoded and split
     [surface]                     what a page is
+    [rules]                       which items it may hold and how it is laid out, beneath the rules of each request
     [learning]                    how later stages learn from what earlier ones let through
     [trainer]                     defaults of the trainer; [trainer.NAME] for one system
     [index]                       how vector retrievers search the catalogue; [index.NAME] for one system
@@ -26,6 +27,7 @@ from typing import Any, Literal, TypeVar
 
 from shortlist.cascade.allocation.base import Allocator, Budget
 from shortlist.cascade.power import EnergyConfig
+from shortlist.cascade.rules import Rules
 from shortlist.cascade.settings import Plain, build, nearest, parse_value, plain, refuse_unknown, toml
 from shortlist.data.roles import Roles
 from shortlist.data.splits import DataConfig
@@ -94,7 +96,8 @@ class Learning:
     """Each task is learned only where the one before it came true, such as a purchase on clicked candidates: then the product of the tasks'
     chances is that of the last one."""
     feedback: FeedbackChoice = field(default_factory=FeedbackChoice)
-    """How the task is learned whose outcome comes late; `task_hours` is then how long it counts."""
+    """How the task is learned whose outcome comes late: `task_hours` is then how long it counts, and the other tasks count within its
+    observation_hours."""
 
     @property
     def late_task(self) -> str:
@@ -200,6 +203,8 @@ class RunConfig:
     roles: Roles = field(default_factory=Roles)
     """Which column of the log plays which role, where the guess from its name is wrong; the command line's flags come before these."""
     surface: Surface = field(default_factory=Surface)
+    rules: Rules = field(default_factory=Rules)
+    """Of the surface; those of a request come on top. They act where the run is served, not in training and evaluation."""
     learning: Learning = field(default_factory=Learning)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """Of every system that is trained by gradient."""
@@ -243,6 +248,7 @@ class RunConfig:
         config = cls(
             data=build(DataConfig, _table(table, "data"), "data"),
             surface=build(Surface, _table(table, "surface"), "surface"),
+            rules=build(Rules, _table(table, "rules"), "rules"),
             roles=build(Roles, _table(table, "roles"), "roles"),
             learning=build(Learning, _table(table, "learning"), "learning"),
             trainer=trainer,
@@ -263,6 +269,7 @@ class RunConfig:
             "data": plain(self.data),
             "roles": plain(self.roles),
             "surface": plain(self.surface),
+            "rules": {} if self.rules == Rules() else plain(self.rules),
             "learning": plain(self.learning),
             "trainer": {**plain(self.trainer), **{name: dict(values) for name, values in self.trainers.items()}},
             "index": {**plain(self.index), **{name: dict(values) for name, values in self.indexes.items()}},
@@ -360,7 +367,19 @@ class RunConfig:
 
 
 T = TypeVar("T")
-SECTIONS = ("data", "roles", "surface", "learning", "trainer", "index", "allocation", "energy", "stages", "systems")
+SECTIONS = (
+    "data",
+    "roles",
+    "surface",
+    "rules",
+    "learning",
+    "trainer",
+    "index",
+    "allocation",
+    "energy",
+    "stages",
+    "systems",
+)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 

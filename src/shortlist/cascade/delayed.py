@@ -4,8 +4,10 @@ Each candidate of a request is a click at the request's time (with `learning.cha
 that the rule's stream has emitted of it by the end of the window are candidates of the request: the first in its place, further ones (a
 conversion that came late) as copies behind the others, which teach the other tasks nothing. Outcomes after the window are not read.
 
-This is a training at one moment, not a stream: clicks near the window's end have sent fewer of their late copies than they will. Where that
-is a large part of all clicks, only rules that know a click's age (fsiw) are right about it.
+This is a training at one moment, not a stream: clicks near the window's end have not sent all that they will. For rules with ES-DFM's
+auxiliary network copies stand in for what may still come, weighed by its chance for a click of that age; the network learns from clicks
+whose attribution window has closed. fsiw knows the age of a click by itself. vanilla and fnw have no such network: what has not come by the
+end of the window is lost to them.
 
 R requests, total = all candidates end to end, S samples, t candidates of a batch.
 """
@@ -30,9 +32,10 @@ from shortlist.data.jagged import Jagged
 from shortlist.errors import ConfigError
 from shortlist.models.base import Ranker
 from shortlist.training.config import TrainerConfig
-from shortlist.training.feedback.base import Delayed, FeedbackRule, make_feedback
+from shortlist.training.feedback.base import LATE, SETTLED_NEGATIVE, Delayed, FeedbackRule, make_feedback
 from shortlist.training.feedback.clicks import ClickLog, auxiliary_chances
-from shortlist.training.feedback.streams import Emitted, as_known, emit
+from shortlist.training.feedback.streams import Emitted, as_known, emit, stand_ins
+from shortlist.training.feedback.targets import LateConversions, SettledConversions
 from shortlist.training.feedback.windows import NEVER, Windows
 from shortlist.training.sources import CandidateSource
 
@@ -49,7 +52,9 @@ class DelayedLessons:
     sample: Tensor
     """int64 [total]: number of the sample that a candidate stands for, -1 where it is none."""
     emitted: Emitted
-    """S samples; their clicks are candidates of `clicks`."""
+    """S samples, those that stand in for others last; their clicks are candidates of `clicks`."""
+    num_known: int
+    """Of the samples, those that were emitted."""
     clicks: ClickLog
     """The candidates in question, one request each."""
     windows: Windows
@@ -68,11 +73,16 @@ def delayed_lessons(lessons: Lessons, dataset: Dataset, learning: Learning, rule
     asked: Int = np.flatnonzero(~lessons.labels[learning.late_task].isnan().numpy())
     clicks = _clicks(lessons, dataset, owner, asked)
     if rule.as_known:
-        emitted = as_known(clicks.clicked_at, clicks.converted_at, windows, now)
+        known = as_known(clicks.clicked_at, clicks.converted_at, windows, now)
     else:
-        emitted = emit(clicks.clicked_at, clicks.converted_at, windows, rule.stream).between(EVER, now + 1)
+        known = emit(clicks.clicked_at, clicks.converted_at, windows, rule.stream).between(EVER, now + 1)
+    emitted = known
+    if isinstance(rule.auxiliary, LateConversions):
+        emitted = known + stand_ins(known, clicks.clicked_at, windows, rule.stream, now)
     expanded, sample = _expanded(lessons, learning.late_task, owner, asked[emitted.click], emitted.label)
-    return DelayedLessons(lessons=expanded, sample=sample, emitted=emitted, clicks=clicks, windows=windows, now=now)
+    return DelayedLessons(
+        lessons=expanded, sample=sample, emitted=emitted, num_known=len(known), clicks=clicks, windows=windows, now=now
+    )
 
 
 def _clicks(lessons: Lessons, dataset: Dataset, owner: Int, asked: Int) -> ClickLog:
@@ -126,6 +136,11 @@ def _expanded(lessons: Lessons, task: str, owner: Int, candidate: Int, label: np
     )
 
 
+def _aged(samples: Emitted, age: Int) -> Emitted:
+    """Samples whose first ones are taken to be so old."""
+    return replace(samples, elapsed=np.append(age, samples.elapsed[len(age) :]))
+
+
 class DelayedSource:
     """A candidate source whose late task is learned by a feedback rule."""
 
@@ -133,7 +148,7 @@ class DelayedSource:
         self, source: CandidateSource, rule: FeedbackRule, task: str, made: DelayedLessons, auxiliary: dict[str, Tensor]
     ) -> None:
         self.source, self.rule, self.task = source, rule, task
-        self.seen = made.emitted.seen(auxiliary)
+        self.seen, self.share = made.emitted.seen(auxiliary), shares(made, auxiliary)
         self.emitted_at = torch.from_numpy(made.emitted.emitted_at)
 
     def steps_per_epoch(self) -> int:
@@ -146,7 +161,12 @@ class DelayedSource:
             labels = dict(batch.labels)
             sample, label = labels.pop(SAMPLE), labels.pop(self.task)
             is_one, where = sample >= 0, sample.clamp(min=0)
-            criterion = Delayed(rule=self.rule, tasks=(self.task,), seen=replace(self.seen.select(where), label=label))
+            criterion = Delayed(
+                rule=self.rule,
+                tasks=(self.task,),
+                seen=replace(self.seen.select(where), label=label),
+                share=self.share[where],
+            )
             yield replace(
                 batch,
                 labels=labels,
@@ -154,6 +174,17 @@ class DelayedSource:
                 sample_kind=self.seen.kind[where].where(is_one, torch.tensor(-1)),
                 emitted_at=self.emitted_at[where].where(is_one, torch.tensor(-1)),
             )
+
+
+def shares(made: DelayedLessons, auxiliary: dict[str, Tensor]) -> Tensor:
+    """float32 [S]: what each sample counts: 1, or its chance where it stands in for what may still come."""
+    share = torch.ones(len(made.emitted))
+    if made.num_known < len(share):
+        kind, never = torch.from_numpy(made.emitted.kind), auxiliary["f_rn"]
+        waits = torch.arange(len(share)) >= made.num_known
+        share = torch.where(waits & (kind == LATE), 1 - never, share)
+        share = torch.where(waits & (kind == SETTLED_NEGATIVE), never, share)
+    return share
 
 
 def delayed_source(
@@ -188,13 +219,16 @@ def delayed_source(
         raise ConfigError(
             f"learning.feedback: {type(system).__name__} does not learn by gradient steps; choose another ranker, such as dnn"
         )
+    # What is emitted at the end of the observation window is weighed by what was known then, the rest by the click's age now.
+    first_age = np.full(made.num_known, made.windows.observation_s)
+    asked = made.emitted if rule.as_known else _aged(made.emitted, first_age)
     auxiliary = auxiliary_chances(
         lambda space: type(system)(system.config, space),
         replace(view, space=system.space),
         made.clicks,
-        rule,
+        SettledConversions() if isinstance(rule.auxiliary, LateConversions) else rule.auxiliary,
         made.windows,
-        made.emitted,
+        asked,
         now=made.now,
         trainer=replace(trainer, epochs=learning.feedback.auxiliary_epochs, patience=None, max_seconds=None),
         folder=folder,

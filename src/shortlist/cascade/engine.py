@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.answers import Answer, Circumstances, logged, make_answers
+from shortlist.cascade.arranging import laid_out, longer
 from shortlist.cascade.cascade import Page
 from shortlist.cascade.governor import Allotted, Decision, GovernorConfig, open_governor
 from shortlist.cascade.knowing import Known, find_out, reason_of, rulings_of, stored
@@ -33,7 +34,8 @@ from shortlist.cascade.meter import Meter
 from shortlist.cascade.pasts import PastEvent, pasts
 from shortlist.cascade.questions import Asked, Question, check, page_size, together
 from shortlist.cascade.request_log import RequestLog
-from shortlist.cascade.rules import Rules
+from shortlist.cascade.rules import NO_RULES, Rules
+from shortlist.cascade.search import SearchConfig, find
 from shortlist.cascade.summaries import open_summaries
 from shortlist.data.batches import Batch
 from shortlist.data.jagged import Jagged
@@ -64,6 +66,8 @@ class EngineConfig:
 
     governor: GovernorConfig = field(default_factory=GovernorConfig)
     """What a calibrated allocator may spend."""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """How queries are answered."""
 
     def __post_init__(self) -> None:
         for name in ("max_k", "max_ids", "max_sent_history", "batch_size"):
@@ -250,6 +254,26 @@ class Engine:
             budget=budget or Budget(),
             chain=chain,
         )
+        return self._alone(question)
+
+    def search(self, user: Id | None, query: str, k: int | None = None, *, rules: Rules | None = None) -> Answer:
+        """A page of items whose text matches a query, in an order that knows the user; see cascade/search.py.
+
+        No item matches: the page is empty, and `note` says so. Other wishes go into a Question with a query, given to `answer`.
+
+        Args:
+            user: id, known or not; None = nobody in particular.
+            query: words, of which a page needs not have all.
+            k: items; None = a page of the surface.
+            rules: which items may be shown; items of the user's past are kept unless they say otherwise.
+
+        Raises:
+            ConfigError: the query is empty or too long, `k` is out of range, or the extra `search` is not installed.
+            DataError: the run's items have no text.
+        """
+        return self._alone(Question(user=user, k=k, query=query, rules=rules or Rules()))
+
+    def _alone(self, question: Question) -> Answer:
         began = time.perf_counter()
         live = self._live
         return self._answer(live, self._check(live, question), began, log=True)[0]
@@ -288,13 +312,16 @@ class Engine:
         asked = check(live, question, self.config)
         known = Known(batch=None, num_history=[0], moments=[int(time.time())])
         rulings = rulings_of(live, asked, known)
-        page = popular_page(live, asked, known, rulings[0].allowed)
+        page = popular_page(live, longer(asked), known, rulings[0].allowed)
+        problems = [reason]
+        page, arranged = laid_out(live, asked, known, rulings[0], page, problems)
         told = Circumstances(
             users=asked.users,
             num_history=known.num_history,
             moments=known.moments,
             rulings=rulings,
-            problems=[reason],
+            arranged=arranged,
+            problems=problems,
             num_unknown_candidates=asked.num_unknown_candidates,
             spent_ms=(time.perf_counter() - began) * 1e3,
             allotted=[Allotted(reason="fallback")],
@@ -319,8 +346,9 @@ class Engine:
         problems = list(live.problems)
         known = self._known(live, asked, problems)
         chain = _decide(live, asked, known, problems).chains[0]
-        allowed = rulings_of(live, asked, known)[0].allowed
-        page = self._page(live, asked, known, allowed, chain, self.config.deadline_ms, problems)
+        ruling = rulings_of(live, asked, known)[0]
+        page = self._page(live, longer(asked), known, ruling.allowed, chain, self.config.deadline_ms, problems)
+        page, _ = laid_out(live, asked, known, ruling, page, problems)
         return Traced(
             live=live,
             user=user,
@@ -330,13 +358,16 @@ class Engine:
             problems=tuple(problems),
         )
 
-    def recommend_many(self, users: Sequence[Id | None], k: int | None = None) -> list[Answer]:
-        """Pages for many users, `config.batch_size` at a time; not written to the request log."""
+    def recommend_many(
+        self, users: Sequence[Id | None], k: int | None = None, *, rules: Rules | None = None
+    ) -> list[Answer]:
+        """Pages for many users under one set of rules, `config.batch_size` at a time; not written to the request log."""
         live = self._live
+        ruled = check(live, Question(user=None, rules=rules or NO_RULES), self.config).rules
         k = page_size(live, k, self.config)
         answers: list[Answer] = []
         for start in range(0, len(users), self.config.batch_size):
-            asked = Asked(users=users[start : start + self.config.batch_size], k=k)
+            asked = Asked(users=users[start : start + self.config.batch_size], k=k, rules=ruled)
             answers += self._answer(live, asked, time.perf_counter(), log=False)
         return answers
 
@@ -404,7 +435,7 @@ class Engine:
             raise ConfigError(
                 "a request's budget needs to know what chains cost: run `shortlist calibrate` on this run, or leave the budget out"
             )
-        return asked
+        return asked if asked.query is None else find(live, asked, self.config.search)
 
     def _answer(
         self, live: Live, asked: Asked, began: float, *, log: bool, deadline_ms: float | None = None
@@ -421,17 +452,20 @@ class Engine:
             if len(places) < len(asked.users):
                 part = replace(asked, users=[asked.users[place] for place in places])
                 of_part = known.select(places)
-            page = self._page(live, part, of_part, rulings[0].allowed, name, limit, problems)
+            page = self._page(live, longer(part), of_part, rulings[0].allowed, name, limit, problems)
+            page, arranged = laid_out(live, part, of_part, rulings[0], page, problems)
             self.meter.add(page.chain, page.reports)
             told = Circumstances(
                 users=part.users,
                 num_history=of_part.num_history,
                 moments=of_part.moments,
                 rulings=[rulings[place] for place in places],
+                arranged=arranged,
                 problems=problems,
                 num_unknown_candidates=asked.num_unknown_candidates,
                 spent_ms=(time.perf_counter() - began) * 1e3 / len(asked.users),
                 allotted=[decision.told[place] for place in places],
+                note=asked.note,
             )
             made = make_answers(live, page, told)
             for number, (place, answer) in enumerate(zip(places, made)):
@@ -457,18 +491,22 @@ class Engine:
         problems: list[str],
     ) -> Page:
         """What the cascade makes of it, or the last resort."""
-        if known.batch is not None:
+        found = asked.found
+        if known.batch is not None and (found is None or len(found.rows)):
             try:
-                return live.cascade.run(
+                page = live.cascade.run(
                     known.batch,
-                    k=asked.k,
+                    k=asked.k if found is None else len(found.rows),
                     candidates=None if asked.candidates is None else Jagged.from_rows([asked.candidates.tolist()]),
                     allowed=allowed,
                     chain=chain,
                     deadline_ms=deadline_ms,
                 )
+                return page if found is None else found.page(page, asked.k)
             except Exception as error:  # a request always gets a page
                 problems.append(reason_of("the cascade failed", error))
+        if found is not None:
+            return found.page(None, asked.k, None if known.batch is None else known.batch.excluded)
         return popular_page(live, asked, known, allowed)
 
 

@@ -15,7 +15,7 @@ import torch
 from shortlist.cascade.live import Live
 from shortlist.cascade.pasts import Newer, newer_of, newer_stored, pasts
 from shortlist.cascade.questions import Asked
-from shortlist.cascade.rules import Ruling, rule
+from shortlist.cascade.ruling import Ruling, rule_many, seen_since
 from shortlist.data.batches import Batch, request_batch
 from shortlist.data.histories import Histories, Int
 from shortlist.data.vocabulary import Id
@@ -52,9 +52,10 @@ def find_out(live: Live, events: EventStore | None, asked: Asked, *, stale_days:
         problems: what goes wrong is added here; nothing is raised.
     """
     now = time.time()
-    excludes = not (live.repeats if asked.rules.seen is None else asked.rules.seen == "keep")
+    days = asked.rules.seen_days
+    excludes = days is None and not (live.repeats if asked.rules.seen is None else asked.rules.seen == "keep")
     # What systems read, unless all that was seen is to be left out or the question is of an earlier moment.
-    all_of_it = excludes or asked.at is not None or not live.dataset.space.has_clock
+    all_of_it = excludes or days is not None or asked.at is not None or not live.dataset.space.has_clock
     newest = None if all_of_it else live.cascade.max_history
     try:
         rows = live.users(asked.users)
@@ -69,6 +70,8 @@ def find_out(live: Live, events: EventStore | None, asked: Asked, *, stale_days:
             max_history=live.cascade.max_history,
             exclude_history=excludes,
         )
+        if days is not None:
+            batch = replace(batch, excluded=seen_since(histories, requests, days))
     except Exception as error:  # a request always gets a page
         problems.append(reason_of("the user's past could not be read", error))
         return Known(batch=None, num_history=[0] * len(asked.users), moments=[int(now)] * len(asked.users))
@@ -126,15 +129,17 @@ def _last_times(past: Histories) -> Int:
 
 
 def rulings_of(live: Live, asked: Asked, known: Known) -> list[Ruling]:
-    """The rules' meaning per request; `allowed` is the same for all."""
-    excluded = None if known.batch is None else known.batch.excluded
-    rulings = []
-    for place in range(len(asked.users)):
-        seen = None
-        if excluded is not None:
-            seen = excluded.values[int(excluded.offsets[place]) : int(excluded.offsets[place + 1])].numpy()
-        rulings.append(rule(asked.rules, live.items, live.dataset.num_items, seen=seen, candidates=asked.candidates))
-    return rulings
+    """The rules' meaning per request; all but what was seen is the same for all."""
+    return rule_many(
+        asked.rules,
+        live.items,
+        live.dataset.num_items,
+        len(asked.users),
+        excluded=None if known.batch is None else known.batch.excluded,
+        candidates=asked.candidates,
+        attributes=live.attributes,
+        availability=live.availability,
+    )
 
 
 def reason_of(what: str, error: Exception) -> str:

@@ -24,6 +24,8 @@ def popular_page(live: Live, asked: Asked, known: Known, allowed: Tensor | None)
     popular, num_requests = live.cascade.popular.cpu(), len(asked.users)
     if asked.candidates is not None:
         popular = popular[torch.isin(popular, torch.from_numpy(asked.candidates))]
+    if asked.query is not None:
+        popular = popular[:0]  # what most people want is no answer to words
     if allowed is not None:
         popular = popular[allowed[popular]]
     excluded = None if known.batch is None else known.batch.excluded

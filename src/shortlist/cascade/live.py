@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shortlist.cascade.attributes import Attributes
 from shortlist.cascade.cascade import Cascade
 from shortlist.cascade.governor import Governor
 from shortlist.cascade.pasts import Numbers
+from shortlist.cascade.rules import Rules
+from shortlist.cascade.ruling import Availability
 from shortlist.cascade.run import load_run
 from shortlist.data.batches import request_batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int
 from shortlist.data.schema import FieldTable
+from shortlist.errors import ConfigError
+from shortlist.store.text_index import TextIndex
 
 
 class Live:
@@ -26,10 +32,21 @@ class Live:
         self.governor: Governor | None = None
         """Chooses chains; None = every request gets the default one. An engine sets it."""
         self.users, self.items = Numbers(dataset.user_ids), Numbers(dataset.item_ids)
+        self.attributes = Attributes(dataset)
+        self.availability: Availability | None = None
+        """Items that are not to be shown; None = all are. Changes while the run is served, as `attributes` and `titles` do."""
+        self.titles: dict[int, str | None] = {}
+        """By catalogue row, in place of the run's."""
+        self.rules: Rules = cascade.config.rules
+        """The surface's own, beneath those of every request."""
+        self.check_rules(self.rules)
         self.user_fields: FieldTable = dataset.users
         self.log_end: int = dataset.plan.now["end"]
         wish = cascade.config.surface.repeats
         self.repeats = dataset.repeats if wish == "auto" else wish == "yes"
+        self.texts: TextIndex | None = None
+        """Text of the items, for search; opened when the first query comes."""
+        self.texts_lock = threading.Lock()
         self.default_action = dataset.space.actions[0] if dataset.space.actions else None
 
     def ids(self, rows: Int) -> list[Any]:
@@ -42,8 +59,16 @@ class Live:
 
     def title(self, row: int) -> str | None:
         """Text to show an item by."""
+        if row in self.titles:
+            return self.titles[row]
         titles = self.dataset.titles
         return None if titles is None else titles[row] or None
+
+    def check_rules(self, rules: Rules) -> None:
+        """ConfigError for rules that the run's items can not follow."""
+        self.attributes.check(rules)
+        if rules.seen_days is not None and not self.dataset.space.has_clock:
+            raise ConfigError("seen_days needs times, and the log of this run only has an order; use seen = 'drop'")
 
     def action_ids(self, actions: Sequence[str | None]) -> Int:
         """int64 [n]; an action that is not named is the log's first one."""

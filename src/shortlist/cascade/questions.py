@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from shortlist.data.histories import Int
 from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError
 from shortlist.store.events import MAX_TIMESTAMP
+
+if TYPE_CHECKING:
+    from shortlist.cascade.search import Found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,13 +43,15 @@ class Question:
     candidates: Sequence[Id] | None = None
     """The only items to choose from."""
     rules: Rules = field(default_factory=Rules)
-    """Which items may be shown."""
+    """Which items may be shown and how the page is laid out, over the surface's own."""
     at: float | None = None
     """Seconds since 1970 UTC; later events are not read. None = now, with all that is known."""
     budget: Budget = field(default_factory=Budget)
     """What this request may cost at most; no limits = as the server's allocator says."""
     chain: str | None = None
     """Name of the chain that is to answer, in place of the allocator's choice."""
+    query: str | None = None
+    """What somebody typed: only items whose text matches it are shown; None = no search."""
 
 
 class Bounds(Protocol):
@@ -80,11 +85,17 @@ class Asked:
     most_BC: Float | None = None
     """[B, C] what each may cost at most; None = none has a limit of its own."""
     chain: str | None = None
+    query: str | None = None
+    found: Found | None = None
+    """What matches the query; the candidates are these and what rules took of the best matches."""
+    note: str | None = None
+    """What to tell of how the query was read."""
 
     def goes_with(self, other: Asked) -> bool:
         """Whether both can be answered in one batch."""
         alone = any(
-            asked.sent is not None or asked.candidates is not None or asked.at is not None for asked in (self, other)
+            asked.sent is not None or asked.candidates is not None or asked.at is not None or asked.query is not None
+            for asked in (self, other)
         )
         mine = (self.k, self.chain, self.most_BC is None, set(self.context))
         theirs = (other.k, other.chain, other.most_BC is None, set(other.context))
@@ -106,12 +117,14 @@ def check(live: Live, question: Question, bounds: Bounds) -> Asked:
         ConfigError: `k` is out of range, a list is too long, no such chain.
         DataError: an unknown context column, or a history with some times missing.
     """
-    rules, candidates = question.rules, question.candidates
+    rules, candidates = question.rules.over(live.rules), question.candidates
     lists = {"history": question.history, "candidates": candidates, "allow": rules.allow, "deny": rules.deny}
     for name, given in lists.items():
         most = bounds.max_sent_history if name == "history" else bounds.max_ids
         if given is not None and len(given) > most:
             raise ConfigError(f"{name} has {len(given):,} entries; at most {most:,} are taken")
+    if rules is not live.rules:
+        live.check_rules(rules)
     if candidates is not None and not len(candidates):
         raise ConfigError("candidates is an empty list; leave it out to choose from all items")
     if question.at is not None and not 0 <= question.at < MAX_TIMESTAMP:
@@ -134,6 +147,7 @@ def check(live: Live, question: Question, bounds: Bounds) -> Asked:
         at=None if question.at is None else int(question.at),
         most_BC=limits_C[None] if np.isfinite(limits_C).any() else None,
         chain=question.chain,
+        query=question.query,
     )
 
 

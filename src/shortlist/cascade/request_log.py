@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,28 @@ class LoggedRequest:
     degraded: str | None = None
     propensity: float = 1.0
     """Chance with which this page was chosen; 1 where nothing is drawn."""
+    reason: str = "default"
+    """Why this chain; see `Allotted`."""
+    moment: int | None = None
+    """Asked about, seconds since 1970 UTC: later events were not read."""
+    num_history: int | None = None
+    """Events that were known of the user."""
+    asked: Mapping[str, Any] | None = None
+    """What else the request brought, as plain values; see `repeating.py`."""
+    candidates: Int | None = None
+    """[C] catalogue rows that the request brought; None = it chose from the catalogue."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """What a request log holds."""
+
+    num_kept: int
+    num_gone: int
+    """Older requests that had to make room."""
+    oldest_ms: int | None
+    """Of the oldest that is left; None where there is none."""
+    newest_ms: int | None
 
 
 class RequestLog:
@@ -146,29 +168,51 @@ class RequestLog:
     def find(self, request_id: str) -> dict[str, Any] | None:
         """What is known of a request, as plain values; None when it is not, or no longer, in the log.
 
-        Keys: request_id, at_ms, user, chain, snapshot_version, propensity, degraded, k, page, removed, reports, and of each of the
-        stages its name, items and scores.
+        Keys: request_id, at_ms, user, chain, snapshot_version, propensity, degraded, k, page, removed, reports, reason, moment,
+        num_history, asked, and of each of the stages its name, items and scores. Records of earlier versions lack reason to asked.
         """
         self.flush()
         with self._engine.connect() as connection:
             row = connection.execute(select(REQUESTS).where(REQUESTS.c.request_id == request_id)).first()
-        if row is None:
-            return None
-        details = json.loads(zlib.decompress(row.details))
-        scores = np.frombuffer(zlib.decompress(row.scores), dtype=np.float32)
-        ends = np.cumsum([len(stage["items"]) for stage in details["stages"]])
-        for stage, mine in zip(details["stages"], np.split(scores, ends)):
-            stage["scores"] = [value if math.isfinite(value) else None for value in mine.tolist()]
-        return {
-            "request_id": row.request_id,
-            "at_ms": row.at_ms,
-            "user": row.user_id,
-            "chain": row.chain,
-            "snapshot_version": row.snapshot_version,
-            "propensity": row.propensity,
-            "degraded": row.degraded,
-            **details,
-        }
+        return None if row is None else _plain(row)
+
+    def read(
+        self, *, since_ms: int | None = None, until_ms: int | None = None, newest: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Requests in the order in which they were written, each as `find` gives it; read in pieces, while others may be added.
+
+        Args:
+            since_ms: from this moment on (included).
+            until_ms: before this moment.
+            newest: so many at most, the newest of them.
+
+        Raises DataError when the file can not be read.
+        """
+        self.flush()
+        within = [REQUESTS.c.at_ms >= since_ms] if since_ms is not None else []
+        within += [REQUESTS.c.at_ms < until_ms] if until_ms is not None else []
+        wanted = select(REQUESTS.c.id).where(*within).order_by(REQUESTS.c.id.desc()).limit(newest)
+        try:
+            with self._engine.connect() as connection:
+                ids = list(connection.scalars(wanted))[::-1]
+            for start in range(0, len(ids), _BATCH):
+                part = ids[start : start + _BATCH]
+                with self._engine.connect() as connection:
+                    rows = connection.execute(select(REQUESTS).where(REQUESTS.c.id.in_(part)).order_by(REQUESTS.c.id))
+                    found = [_plain(row) for row in rows]
+                yield from found
+        except SQLAlchemyError as error:
+            raise DataError(f"{self.path} can not be read: {getattr(error, 'orig', error)}") from error
+
+    def span(self) -> Span:
+        """What is in the file, and how much has gone to make room."""
+        self.flush()
+        c = REQUESTS.c
+        with self._engine.connect() as connection:
+            count, last, oldest, newest = connection.execute(
+                select(func.count(), func.max(c.id), func.min(c.at_ms), func.max(c.at_ms))
+            ).one()
+        return Span(num_kept=count, num_gone=(last or 0) - count, oldest_ms=oldest, newest_ms=newest)
 
     def __len__(self) -> int:
         """Requests in the file."""
@@ -226,10 +270,29 @@ class RequestLog:
 _Waiting = tuple[LoggedRequest, Callable[[Int], list[Id | None]]]
 
 
+def _plain(row: Any) -> dict[str, Any]:
+    """A row of the table as plain values."""
+    details = json.loads(zlib.decompress(row.details))
+    scores = np.frombuffer(zlib.decompress(row.scores), dtype=np.float32)
+    ends = np.cumsum([len(stage["items"]) for stage in details["stages"]])
+    for stage, mine in zip(details["stages"], np.split(scores, ends)):
+        stage["scores"] = [value if math.isfinite(value) else None for value in mine.tolist()]
+    return {
+        "request_id": row.request_id,
+        "at_ms": row.at_ms,
+        "user": row.user_id,
+        "chain": row.chain,
+        "snapshot_version": row.snapshot_version,
+        "propensity": row.propensity,
+        "degraded": row.degraded,
+        **details,
+    }
+
+
 def _row(request: LoggedRequest, ids_of: Callable[[Int], list[Id | None]]) -> dict[str, Any]:
     ids = ids_of(np.concatenate([stage.rows for stage in request.stages]))
     ends = np.cumsum([len(stage.rows) for stage in request.stages]).tolist()
-    details = {
+    details: dict[str, Any] = {
         "k": request.k,
         "page": list(request.page),
         "stages": [
@@ -237,7 +300,13 @@ def _row(request: LoggedRequest, ids_of: Callable[[Int], list[Id | None]]) -> di
         ],
         "reports": [asdict(report) for report in request.reports],
         "removed": dict(request.removed),
+        "reason": request.reason,
+        "moment": request.moment,
+        "num_history": request.num_history,
+        "asked": None if request.asked is None else dict(request.asked),
     }
+    if request.candidates is not None:
+        details["asked"] = {**(details["asked"] or {}), "candidates": ids_of(request.candidates)}
     scores = np.concatenate([stage.scores for stage in request.stages]).astype(np.float32)
     return {
         "request_id": request.request_id,
@@ -247,6 +316,11 @@ def _row(request: LoggedRequest, ids_of: Callable[[Int], list[Id | None]]) -> di
         "snapshot_version": request.snapshot_version,
         "propensity": request.propensity,
         "degraded": request.degraded,
-        "details": zlib.compress(json.dumps(details).encode(), level=1),
+        "details": zlib.compress(json.dumps(details, default=_simple).encode(), level=1),
         "scores": zlib.compress(scores.tobytes(), level=1),
     }
+
+
+def _simple(value: Any) -> Any:
+    """A value of a context column that JSON does not know: a number of numpy as a number, anything else as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)

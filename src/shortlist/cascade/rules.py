@@ -1,35 +1,171 @@
-"""Rules of one request: which items may be on the page at all. They act before the stages, so a full page is still made.
+"""Rules as data: what a page may hold and how it is laid out, of a surface ([rules] in the run's settings) and of each request.
 
-    Rules(allow=("a1", "b2"), deny=("c3",), seen="drop")
+    Rules(deny=("c3",), filters=(Filter(field="price", at_most=20),), quotas=(Quota(field="brand", most=2),))
 
-Each rule is counted: what it alone took away of what the rules before it had left, in the order allow, deny, seen. n items.
+allow, deny, filters, seen and seen_days take items away before the stages, so a full page is still made (ruling.py). pins, quotas,
+diversity and mix lay out the page from a longer list after the last stage (arranging.py). The same names stand in Python, in TOML and in
+the body of a request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
+from pydantic import ConfigDict
 
-from shortlist.data.histories import Int
 from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError
+
+Value = str | int | float | bool
+MAX_PARTS = 100
+"""Most filters, pins or quotas of one set of rules."""
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filter:
+    """Which items may be shown by one of their fields. One of equals, any_of, or a range."""
+
+    __pydantic_config__ = _STRICT
+
+    field: str
+    """An item field of the run. Of a field with several values per item, one that fits is enough."""
+    equals: Value | None = None
+    """This value; one that no item of the training log had matches nothing."""
+    any_of: tuple[Value, ...] | None = None
+    """One of these."""
+    at_least: float | None = None
+    """A number not below this; a missing number counts as the mean, as systems read it."""
+    at_most: float | None = None
+    """A number not above this."""
+    negate: bool = False
+    """Turn it round: only items that do not match."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.any_of, list):
+            object.__setattr__(self, "any_of", tuple(self.any_of))
+        given = [self.equals is not None, self.any_of is not None, self.is_range]
+        if sum(given) != 1:
+            raise ConfigError(f"the filter of {self.field!r} needs one of equals, any_of, or at_least and at_most")
+        if isinstance(self.any_of, str):
+            raise ConfigError(f"the filter of {self.field!r}: any_of must be a list, got the text {self.any_of!r:.80}")
+        for bound in (self.at_least, self.at_most):
+            if bound is not None and not math.isfinite(bound):
+                raise ConfigError(f"the filter of {self.field!r} has the bound {bound}; give a finite number")
+
+    @property
+    def is_range(self) -> bool:
+        """Whether it compares numbers."""
+        return self.at_least is not None or self.at_most is not None
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """What it looks for, where it is no range."""
+        return tuple(self.any_of) if self.equals is None and self.any_of is not None else (self.equals,)  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pin:
+    """An item that stands at a place of the page, whoever asks; other rules that forbid it come first, but for `seen`."""
+
+    __pydantic_config__ = _STRICT
+
+    item: Id
+    position: int = 1
+    """1 = on top; a place beyond the page is no place."""
+
+    def __post_init__(self) -> None:
+        if self.position < 1:
+            raise ConfigError(f"position of the pin {self.item!r} must be at least 1, got {self.position}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quota:
+    """How many items of a page share a value."""
+
+    __pydantic_config__ = _STRICT
+
+    field: str
+    """An item field with categories or sets of them."""
+    value: Value | None = None
+    """The value that is counted; None = each value by itself (and `most` alone has a meaning)."""
+    most: int | None = None
+    """So many at most; the page is shorter where nothing else is left."""
+    least: int | None = None
+    """So many at least, as far as there are any; those that the ranking did not bring stand last."""
+
+    def __post_init__(self) -> None:
+        if self.most is None and self.least is None:
+            raise ConfigError(f"the quota of {self.field!r} needs most or least")
+        if self.least is not None and self.value is None:
+            raise ConfigError(f"the quota of {self.field!r} says least and needs the value that is meant")
+        if (self.most is not None and self.most < 0) or (self.least is not None and self.least < 0):
+            raise ConfigError(f"the quota of {self.field!r} must not be negative")
+        if self.most is not None and self.least is not None and self.most < self.least:
+            raise ConfigError(f"the quota of {self.field!r} wants at least {self.least} and at most {self.most}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Diversity:
+    """Maximal marginal relevance (Carbonell and Goldstein, SIGIR 1998) on the final page."""
+
+    __pydantic_config__ = _STRICT
+
+    relevance: float = 0.7
+    """Weight of the score against likeness to what already stands above; 1 = the order as it is."""
+    fields: tuple[str, ...] = ()
+    """Item fields that make items alike; empty = all categories, sets and vectors."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.relevance <= 1:
+            raise ConfigError(f"diversity.relevance must be from 0 to 1, got {self.relevance}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mix:
+    """Calibrated mix (Steck, RecSys 2018): values on the page in the shares that they have in the user's own past."""
+
+    __pydantic_config__ = _STRICT
+
+    field: str
+    """An item field with categories or sets of them, such as genres."""
+    weight: float = 0.5
+    """Of the divergence between past and page, against the score; 0 = the order as it is, 1 = the shares alone."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ConfigError(f"mix.weight must be from 0 to 1, got {self.weight}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """What a request may see. An id that matches no item is passed over and counted."""
+    """What a request may see and how its page is laid out. Ids and values that match nothing are passed over and counted."""
+
+    __pydantic_config__ = _STRICT
 
     allow: Sequence[Id] | None = None
     """Only these items; None = all. An empty list allows nothing: the page is empty."""
     deny: Sequence[Id] = ()
     """None of these, even where `allow` names them."""
+    filters: tuple[Filter, ...] = ()
+    """Only items that pass all of them."""
     seen: Literal["keep", "drop"] | None = None
     """Whether items of the user's history may be shown; None = as the surface says."""
+    seen_days: float | None = None
+    """Drop items of the history that are not older than so many days, in place of all; None = as `seen` says."""
+    pins: tuple[Pin, ...] | None = None
+    """Items at places of the page; None = as the surface says."""
+    quotas: tuple[Quota, ...] | None = None
+    """How many items share a value; None = as the surface says."""
+    diversity: Diversity | None = None
+    """Unlike items beside each other; None = as the surface says."""
+    mix: Mix | None = None
+    """Shares of values as in the user's past; None = as the surface says."""
+    with_surface: bool = True
+    """Whether the surface's own rules hold beneath these; False = these alone."""
 
     def __post_init__(self) -> None:
         for name, ids in (("allow", self.allow), ("deny", self.deny)):
@@ -37,68 +173,48 @@ class Rules:
                 raise ConfigError(f"{name} must be a list of item ids, got the text {ids!r:.80}")
         if self.seen not in (None, "keep", "drop"):
             raise ConfigError(f"seen must be 'keep' or 'drop', got {self.seen!r}")
+        if self.seen_days is not None and not 0 < self.seen_days < math.inf:
+            raise ConfigError(f"seen_days must be above 0, got {self.seen_days}")
+        if self.seen_days is not None and self.seen is not None:
+            raise ConfigError("give either seen or seen_days, not both")
+        for name in ("filters", "pins", "quotas"):
+            if len(getattr(self, name) or ()) > MAX_PARTS:
+                raise ConfigError(f"{name} has {len(getattr(self, name)):,} entries; at most {MAX_PARTS} are taken")
+        pins = self.pins or ()
+        for what, named in (("position", [pin.position for pin in pins]), ("item", [str(pin.item) for pin in pins])):
+            if len(set(named)) < len(named):
+                raise ConfigError(f"two pins have the same {what}; every pin needs its own")
+
+    def over(self, surface: Rules) -> Rules:
+        """These with the surface's beneath: `deny` and `filters` add to the surface's, the rest stands in its place where it is given."""
+        if not self.with_surface or surface == NO_RULES:
+            return self
+        if self == NO_RULES:
+            return surface
+        says_seen = self.seen is not None or self.seen_days is not None
+        return replace(
+            self,
+            allow=surface.allow if self.allow is None else self.allow,
+            deny=(*surface.deny, *self.deny),
+            filters=(*surface.filters, *self.filters),
+            seen=self.seen if says_seen else surface.seen,
+            seen_days=self.seen_days if says_seen else surface.seen_days,
+            pins=surface.pins if self.pins is None else self.pins,
+            quotas=surface.quotas if self.quotas is None else self.quotas,
+            diversity=surface.diversity if self.diversity is None else self.diversity,
+            mix=surface.mix if self.mix is None else self.mix,
+        )
+
+    @property
+    def arranges(self) -> bool:
+        """Whether anything is to be done to the page after the last stage."""
+        return bool(self.pins or self.quotas or self.diversity or self.mix)
+
+    @property
+    def item_fields(self) -> tuple[str, ...]:
+        """Fields that they name."""
+        named = [part.field for part in (*self.filters, *(self.quotas or ()), *((self.mix,) if self.mix else ()))]
+        return (*named, *(self.diversity.fields if self.diversity else ()))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ruling:
-    """What rules mean for one request."""
-
-    allowed: Tensor | None
-    """bool [n + 1] by allow and deny, False for row 0; None = no such rule. Seen items are left to the batch's exclusions."""
-    removed: Mapping[str, int]
-    """Items each rule took away: of the request's own candidates where it has some, else of the catalogue."""
-    ignored: Mapping[str, int]
-    """Ids without a match, by rule."""
-
-
-def rule(
-    rules: Rules,
-    row_of: Callable[[Sequence[Id]], Int],
-    num_items: int,
-    *,
-    seen: Int | None = None,
-    candidates: Int | None = None,
-) -> Ruling:
-    """Apply rules.
-
-    Args:
-        rules: of the request.
-        row_of: catalogue rows of item ids, 0 where unknown; as Vocabulary.encode.
-        num_items: n.
-        seen: catalogue rows of the user's history where seen items are dropped; repeats and 0 are allowed.
-        candidates: rows the request brought itself; None = it chooses from the catalogue.
-    """
-    removed: dict[str, int] = {}
-    ignored: dict[str, int] = {}
-    if rules.allow is None and not rules.deny:
-        if seen is not None:
-            removed["seen"] = int(np.isin(candidates, seen).sum()) if candidates is not None else _distinct(seen)
-        return Ruling(allowed=None, removed=removed, ignored=ignored)
-
-    left = np.zeros(num_items + 1, dtype=bool)
-    left[slice(1, None) if candidates is None else candidates[candidates > 0]] = True
-    allowed = np.full(num_items + 1, rules.allow is None)
-    if rules.allow is not None:
-        wanted, ignored["allow"] = _rows(rules.allow, row_of)
-        allowed[wanted] = True
-        before = int(left.sum())
-        left &= allowed
-        removed["allow"] = before - int(left.sum())
-    if rules.deny:
-        unwanted, ignored["deny"] = _rows(rules.deny, row_of)
-        removed["deny"] = int(left[unwanted].sum())
-        left[unwanted] = allowed[unwanted] = False
-    if seen is not None:
-        removed["seen"] = int(left[np.unique(seen)].sum())
-    allowed[0] = False
-    return Ruling(allowed=torch.from_numpy(allowed), removed=removed, ignored=ignored)
-
-
-def _rows(ids: Sequence[Id], row_of: Callable[[Sequence[Id]], Int]) -> tuple[Int, int]:
-    """Distinct rows of the ids, and how many ids match none."""
-    rows = row_of(ids)
-    return np.unique(rows[rows > 0]), int((rows == 0).sum())
-
-
-def _distinct(rows: Int) -> int:
-    return len(np.unique(rows[rows > 0]))
+NO_RULES = Rules()

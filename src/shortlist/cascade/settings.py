@@ -90,8 +90,12 @@ def plain(settings: Any) -> dict[str, Any]:
         elif isinstance(value, Mapping):
             table[f.name] = {str(key): inner for key, inner in value.items()}
         else:
-            table[f.name] = list(value) if isinstance(value, tuple | frozenset) else value
+            table[f.name] = [_plain(inner) for inner in value] if isinstance(value, tuple | frozenset) else value
     return table
+
+
+def _plain(value: Any) -> Any:
+    return plain(value) if is_dataclass(value) else value
 
 
 def parse_value(text: str) -> Any:

@@ -105,14 +105,18 @@ class ActionLabels:
         asked = rows.row_of_value.numpy() * width + rows.values.numpy()
         done = owner * width + self.histories.item[event]
         action = self.histories.action[event]
+        waited = self.histories.time[event] - requests.time[owner]
+        # What a feedback rule's task waits for must be known when its observation window closes.
+        late, soon = self.learning.late_task, waited <= self.learning.feedback.observation_hours * HOUR_S
         labels = {
-            task: torch.from_numpy(np.isin(asked, done[action == number]).astype(np.float32))
+            task: torch.from_numpy(
+                np.isin(asked, done[(action == number) & (soon | (late in ("", task)))]).astype(np.float32)
+            )
             for task, number in zip(self.learning.tasks, self.action_ids)
         }
         told = chained(labels) if self.learning.chained else labels
         if self.late:
             is_late = action == self.action_ids[self.learning.tasks.index(self.late)]
-            waited = self.histories.time[event] - requests.time[owner]
             told = {**told, DELAY: _first(asked, done[is_late], waited[is_late])}
         return told
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "Evaluate a trained run on its held-out requests.",
     "compare": "Put runs and systems into one table with intervals and paired tests.",
     "recommend": "Print the page one user sees, with scores per stage.",
+    "search": "Print what a query finds, or make the text index of a run.",
     "calibrate": "Find what each chain of a run costs and brings, and make its allocator.",
     "refresh": "Summarise every user's whole history for serving.",
     "serve": "Serve a trained run over HTTP.",

@@ -1,6 +1,7 @@
 """The HTTP surface: a thin skin on the engine.
 
     GET  /v1/recommend/{user}?k=10     POST /v1/recommend     POST /v1/events
+    GET  /v1/search?q=red+mug          POST /v1/search
     GET  /v1/health/live               GET  /v1/health/ready  GET  /metrics     GET /docs
 
 Requests for pages are answered in batches by a few workers (batching.py); other routes are plain functions, so they run in a pool of
@@ -23,7 +24,7 @@ from shortlist.cascade.engine import Engine
 from shortlist.serving.batching import Batcher
 from shortlist.serving.gate import Gate, add_error_handlers
 from shortlist.serving.metrics import Metrics
-from shortlist.serving.routes import events, recommend, state
+from shortlist.serving.routes import events, recommend, search, state
 from shortlist.serving.routes.common import Server
 from shortlist.serving.settings import ServerConfig
 
@@ -50,6 +51,6 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     app.add_middleware(Gate, metrics=metrics, max_body_bytes=config.max_body_bytes)
     add_error_handlers(app)
     server = Server(engine=engine, batcher=batcher, metrics=metrics, config=config)
-    for routes in (recommend, events, state):
+    for routes in (recommend, search, events, state):
         routes.add(app, server)
     return app

@@ -21,6 +21,7 @@ from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.pasts import PastEvent
 from shortlist.cascade.questions import Question
 from shortlist.cascade.rules import Rules
+from shortlist.errors import ConfigError
 from shortlist.store.events import MAX_ID_CHARS, MAX_TIMESTAMP, Event
 
 Text = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=MAX_ID_CHARS)]
@@ -93,6 +94,11 @@ class RecommendIn(_Body):
     seen: Literal["keep", "drop"] | None = Field(
         None, description="Whether items of the user's history may be shown; without it, as the surface says."
     )
+    rules: Rules | None = Field(
+        None,
+        description="Which items may be shown and how the page is laid out, over the surface's own rules; allow, deny and seen "
+        "beside it are short for rules that only name those.",
+    )
     at: Time | None = Field(None, description="Moment to answer for: later events are not read. Without it, now.")
 
     budget_ms: float | None = Field(
@@ -111,11 +117,19 @@ class RecommendIn(_Body):
             history=self.past(),
             context=self.context or {},
             candidates=self.candidates,
-            rules=Rules(allow=self.allow, deny=self.deny, seen=self.seen),
+            rules=self.ruled(),
             at=self.at,
             budget=Budget(ms=self.budget_ms, mflop=self.budget_mflop),
             chain=self.chain,
         )
+
+    def ruled(self) -> Rules:
+        """As the engine takes them; ConfigError where they are given in both ways."""
+        if self.rules is None:
+            return Rules(allow=self.allow, deny=self.deny, seen=self.seen)
+        if self.allow is not None or self.deny or self.seen is not None:
+            raise ConfigError("give either rules, or allow, deny and seen, not both")
+        return self.rules
 
     def past(self) -> list[str | PastEvent] | None:
         """As the engine takes it."""

@@ -15,7 +15,7 @@ item has, found among the words themselves by BM25 on character trigrams. n item
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -32,7 +32,7 @@ from shortlist.errors import ConfigError, SnapshotError
 from shortlist.extras import library
 from shortlist.models.base import nearest
 from shortlist.store.snapshot import read_snapshot, write_snapshot
-from shortlist.store.text_encoder import TextEncoder, same_encoder
+from shortlist.store.text_encoder import TEXTS_SORTED, TextEncoder, same_encoder
 
 Int = NDArray[np.int64]
 Float = NDArray[np.float32]
@@ -237,10 +237,17 @@ class TextIndex:
         """What searches, by name."""
         return ("bm25", self.encoder.name) if self.by_meaning and self.encoder is not None else ("bm25",)
 
-    def with_vectors(self, encoder: TextEncoder, texts: pl.Series) -> TextIndex:
-        """The same with a vector of each text [n]."""
+    def with_vectors(
+        self, encoder: TextEncoder, texts: pl.Series, tell: Callable[[int], None] = lambda done: None
+    ) -> TextIndex:
+        """The same with a vector of each text [n]; `tell` gets the number that is done, now and then."""
+        texts = texts.fill_null("")
         vectors = torch.zeros(self.num_items + 1, encoder.dim)
-        vectors[1:] = encoder.encode(texts.to_list())
+        for start in range(0, self.num_items, TEXTS_SORTED):
+            some = texts[start : start + TEXTS_SORTED]
+            vectors[start + 1 : start + 1 + len(some)] = encoder.encode(some.to_list())
+            tell(start + len(some))
+        vectors[1:][torch.from_numpy((texts.str.strip_chars() == "").to_numpy())] = 0  # no text is near nothing
         about = {**self.about, "encoder": encoder.name, "dim": encoder.dim, "max_tokens": self.config.max_tokens}
         return TextIndex(self.words, self.grams, self.config, vectors=vectors, encoder=encoder, about=about)
 
@@ -299,7 +306,7 @@ class TextIndex:
         score_N = query.score_N if allowed is None else np.where(allowed, query.score_N, 0)
         by_words = _highest(score_N, count)
         if query.vector_D is None or self.vectors is None:
-            return Matches(rows=by_words, scores=score_N[by_words] / max(float(score_N.max()), 1e-9))
+            return Matches(rows=by_words, scores=_over_best(score_N[by_words]))
         found = nearest(
             query.vector_D[None],
             self.vectors,

@@ -212,7 +212,7 @@ class _Run:
             make,
             view,
             log,
-            self.rule,
+            self.rule.auxiliary,
             self.windows,
             self.samples,
             now=self.start - 1,

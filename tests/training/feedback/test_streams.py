@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shortlist.errors import ConfigError, DataError
-from shortlist.training.feedback.base import LATE, NEGATIVE, POSITIVE, Stream
-from shortlist.training.feedback.streams import as_known, emit, emit_plainly
-from shortlist.training.feedback.targets import CounterfactualDeadline, LateConversions
+from shortlist.training.feedback.base import LATE, NEGATIVE, POSITIVE, SETTLED_NEGATIVE, SETTLED_POSITIVE, Stream
+from shortlist.training.feedback.streams import as_known, emit, emit_plainly, stand_ins
+from shortlist.training.feedback.targets import CounterfactualDeadline, LateConversions, SettledConversions
 from shortlist.training.feedback.windows import NEVER, Windows
 
 STREAMS = get_args(Stream)
@@ -144,6 +144,57 @@ def test_lesson_of_a_counterfactual_deadline_by_hand():
     np.testing.assert_array_equal(lesson.labels["f0"], [np.nan, 0, 1])
     with pytest.raises(ConfigError, match="deadline_hours"):
         CounterfactualDeadline(240.0).lesson(clicked, converted, windows, 120 * HOUR)
+
+
+def test_settled_lesson_reads_no_open_click():
+    clicked = np.array([0, 0, 0, 0, 60])
+    converted = np.array([5, 50, NEVER, 150, 70])
+    lesson = SettledConversions().lesson(clicked, converted, WINDOWS, 120)
+    assert lesson.click.tolist() == [0, 1, 2, 3] * 2
+    assert lesson.elapsed[:4].tolist() == [10] * 4
+    assert ((lesson.elapsed[4:] >= 10) & (lesson.elapsed[4:] < 100)).all()
+    assert lesson.labels["f_dp"].tolist() == [0, 1, 0, 0] * 2
+    np.testing.assert_array_equal(lesson.labels["f_rn"][:4], [np.nan, 0, 1, 1])
+    second = np.nan if lesson.elapsed[5] >= 50 else 0
+    np.testing.assert_array_equal(lesson.labels["f_rn"][4:], [np.nan, second, 1, 1])
+    with pytest.raises(ConfigError, match="task_hours"):
+        SettledConversions().lesson(clicked, converted, WINDOWS, 99)
+
+
+def test_stand_ins_by_hand():
+    """Settled; open and converted at once, late, not yet; too young for a sample."""
+    clicked = np.array([0, 30, 30, 30, 115])
+    converted = np.array([NEVER, 35, 90, NEVER, NEVER])
+    for stream in ("late", "settled"):
+        known = emit(clicked, converted, WINDOWS, stream).between(-1, 121)
+        made = stand_ins(known, clicked, WINDOWS, stream, 120)
+        expected = [(3, LATE)] if stream == "late" else [(1, SETTLED_POSITIVE), (3, LATE), (3, SETTLED_NEGATIVE)]
+        assert list(zip(made.click.tolist(), made.kind.tolist(), strict=True)) == expected
+        assert set(made.elapsed.tolist()) == {90}
+        assert made.label.tolist() == [float(kind != SETTLED_NEGATIVE) for _, kind in expected]
+        whole = known + made
+        assert len(whole) == len(known) + len(made)
+        assert whole.kind[: len(known)].tolist() == known.kind.tolist()
+
+
+def test_stand_ins_make_masses_whole():
+    """At any moment late copies and those that stand in for them, each at its chance, weigh dp per click; without them they weigh less."""
+    rng = np.random.default_rng(0)
+    n, p, mean, observation, attribution = 200_000, 0.3, 40.0, 10, 1_000
+    clicked = rng.integers(0, 100, n)
+    delay = np.where(rng.random(n) < 0.4, 3, 11 + rng.exponential(mean, n)).astype(np.int64)
+    converted = np.where(rng.random(n) < p, clicked + delay, NEVER)
+    windows, now = Windows(observation_s=observation, attribution_s=attribution), 110
+    known = emit(clicked, converted, windows, "settled").between(-1, now + 1)
+    made = stand_ins(known, clicked, windows, "settled", now)
+    still = p * 0.6 * np.exp(-np.maximum(made.elapsed - 10, 0) / mean)  # delays are cut to whole seconds
+    never = (1 - p) / (1 - p + still)
+    late, settled = made.kind == LATE, made.kind == SETTLED_NEGATIVE
+    arrived, whole = (known.kind == LATE).sum() / n, p * 0.6
+    assert arrived < 0.75 * whole
+    assert arrived + (1 - never[late]).sum() / n == pytest.approx(whole, abs=0.004)
+    assert never[settled].sum() / n == pytest.approx(1 - p, abs=0.004)
+    assert (made.kind == SETTLED_POSITIVE).sum() / n == pytest.approx(p * 0.4, abs=0.004)
 
 
 def test_masses_of_a_large_stream():

@@ -72,7 +72,7 @@ class SetLikeness(nn.Module):
     def __init__(self, column: Tensor | Jagged) -> None:
         super().__init__()
         members = column if isinstance(column, Jagged) else Jagged.from_padded(column[:, None], column[:, None] > 0)
-        members = _distinct(members)
+        members = distinct_sets(members)
         self.mean_size = len(members.values) / max(members.num_rows, 1)
         self.register_buffer("values", members.values, persistent=False)
         self.register_buffer("offsets", members.offsets, persistent=False)
@@ -141,8 +141,8 @@ class MMR(Reranker):
         for name in (*config.fields, *config.max_per):
             if name not in by_name:
                 raise ConfigError(f"mmr: items have no field {name!r}; known are {', '.join(by_name) or 'none'}")
-        chosen = [by_name[name] for name in config.fields] or [f for f in space.items.fields if _comparable(f)]
-        self.parts = nn.ModuleList(_likeness(f, space) for f in chosen)
+        chosen = [by_name[name] for name in config.fields] or [f for f in space.items.fields if comparable(f)]
+        self.parts = nn.ModuleList(likeness_of(f, space.items.columns[f.name]) for f in chosen)
         for name in config.max_per:
             if not isinstance(by_name[name], Categorical):
                 raise ConfigError(f"mmr: max_per needs a categorical field, {name!r} is {type(by_name[name]).__name__}")
@@ -166,7 +166,7 @@ class MMR(Reranker):
         limit they are held at the last value, so that they never rise down the page.
         """
         rows_BC, score_BC, open_BC = _by_score(batch.candidate_rows, scores)
-        relevant_BC = self.config.relevance * self._relevance(score_BC, open_BC) + self.boost_N[rows_BC]
+        relevant_BC = self.config.relevance * relevance(score_BC, open_BC, self.config.scale) + self.boost_N[rows_BC]
         pin_BC = self.pin_N[rows_BC]
         top_B1 = relevant_BC.masked_fill(~open_BC, -torch.inf).amax(1, keepdim=True)
         relevant_BC = torch.where(pin_BC > 0, top_B1 + pin_BC, relevant_BC)
@@ -191,19 +191,6 @@ class MMR(Reranker):
         missing = (0, k - len(shown))
         rows_Bk = nn.functional.pad(torch.cat(shown, 1), missing)
         return Retrieved(rows_Bk, nn.functional.pad(torch.cat(values, 1), missing, value=-torch.inf).cummin(1).values)
-
-    def _relevance(self, score_BC: Tensor, open_BC: Tensor) -> Tensor:
-        """float32 [B, C] from sorted scores; what is not open gets any finite value."""
-        if self.config.scale == "rank":
-            place_C = torch.arange(score_BC.shape[1], device=score_BC.device)
-            return 1 - place_C / (open_BC.sum(1, keepdim=True) - 1).clamp(min=1)
-        known_BC = open_BC & torch.isfinite(score_BC)
-        low_B1 = score_BC.masked_fill(~known_BC, torch.inf).amin(1, keepdim=True).nan_to_num(posinf=0)
-        score_BC = torch.maximum(score_BC, low_B1)
-        if self.config.scale == "none":
-            return score_BC
-        high_B1 = score_BC.amax(1, keepdim=True)
-        return (score_BC - low_B1) / (high_B1 - low_B1).clamp(min=torch.finfo(score_BC.dtype).tiny)
 
     def _allowed(self, open_BC: Tensor, pin_BC: Tensor, used: Mapping[str, Tensor]) -> Tensor:
         """bool [B, C]: candidates that may take the next place."""
@@ -232,6 +219,20 @@ class MMR(Reranker):
         return Cost(item_flops=PAGE * (flops + 3.0), bytes=read * shape.num_candidates)
 
 
+def relevance(score_BC: Tensor, open_BC: Tensor, scale: Literal["range", "rank", "none"] = "range") -> Tensor:
+    """float32 [B, C] from scores, which "rank" takes as sorted; what is not open gets any finite value, -inf the lowest finite one."""
+    if scale == "rank":
+        place_C = torch.arange(score_BC.shape[1], device=score_BC.device)
+        return 1 - place_C / (open_BC.sum(1, keepdim=True) - 1).clamp(min=1)
+    known_BC = open_BC & torch.isfinite(score_BC)
+    low_B1 = score_BC.masked_fill(~known_BC, torch.inf).amin(1, keepdim=True).nan_to_num(posinf=0)
+    score_BC = torch.maximum(score_BC, low_B1)
+    if scale == "none":
+        return score_BC
+    high_B1 = score_BC.amax(1, keepdim=True)
+    return (score_BC - low_B1) / (high_B1 - low_B1).clamp(min=torch.finfo(score_BC.dtype).tiny)
+
+
 def _by_score(candidates: Jagged, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates best first: rows and scores [B, C], and a mask [B, C], False beside what is no item. Ties keep their order."""
     finite = scores.float().nan_to_num(nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
@@ -245,8 +246,8 @@ def _by_score(candidates: Jagged, scores: Tensor) -> tuple[Tensor, Tensor, Tenso
     return rows_BC.gather(1, order_BC), score_BC.gather(1, order_BC), open_BC.gather(1, order_BC)
 
 
-def _likeness(f: Field, space: Space) -> nn.Module:
-    column = space.items.columns[f.name]
+def likeness_of(f: Field, column: Tensor | Jagged) -> SetLikeness | VectorLikeness:
+    """How alike items are by one field and its column [n + 1]; ConfigError where it can not be compared."""
     if isinstance(f, Vector):
         assert isinstance(column, Tensor)
         return VectorLikeness(column)
@@ -257,11 +258,12 @@ def _likeness(f: Field, space: Space) -> nn.Module:
     )
 
 
-def _comparable(f: Field) -> bool:
+def comparable(f: Field) -> bool:
+    """Whether items can be alike by the field."""
     return isinstance(f, Categorical | Sequence | Vector)
 
 
-def _distinct(sets: Jagged) -> Jagged:
+def distinct_sets(sets: Jagged) -> Jagged:
     """The same sets with each member once."""
     width = int(sets.values.max()) + 1 if len(sets.values) else 1
     key = (sets.row_of_value * width + sets.values).unique()

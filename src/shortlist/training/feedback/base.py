@@ -135,10 +135,14 @@ class Delayed:
     """n = t; where the label is NaN nothing is asked."""
     first: bool = False
     """Old clicks, before there is a stream."""
+    share: Tensor | None = None
+    """float32 [t]: what a sample counts, where some only stand for what may still come; None = 1."""
 
     def __call__(self, scores: Mapping[str, Tensor], weight: Tensor | None) -> Tensor:
         """The mean loss, a scalar, from logits [t] by task and weights [t]; 0 where nothing is asked."""
         asked = ~self.seen.label.isnan()
         logit_nH = torch.stack([scores[task] for task in self.tasks], 1)[asked]
-        rule = self.rule.first_losses if self.first else self.rule.losses
-        return weighted_mean(rule(logit_nH, self.seen.select(asked)), None if weight is None else weight[asked])
+        loss_n = (self.rule.first_losses if self.first else self.rule.losses)(logit_nH, self.seen.select(asked))
+        if self.share is not None:
+            weight = self.share if weight is None else weight * self.share
+        return weighted_mean(loss_n, None if weight is None else weight[asked])

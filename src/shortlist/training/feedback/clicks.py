@@ -147,7 +147,7 @@ def auxiliary_chances(
     make: Make,
     view: View,
     log: ClickLog,
-    rule: FeedbackRule,
+    auxiliary: Auxiliary | None,
     windows: Windows,
     asked: Emitted,
     *,
@@ -156,16 +156,16 @@ def auxiliary_chances(
     folder: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Train the rule's auxiliary network on what is known at `now`, freeze it, and ask it about samples.
+    """Train a rule's auxiliary network on what is known at `now`, freeze it, and ask it about samples.
 
     Args:
         make: builds the network: a ranker whose tasks are the auxiliary outputs.
+        auxiliary: what it learns; None = the rule has no such network.
         asked: S samples.
         folder: of its checkpoints; where training is complete there, it is not repeated.
 
     Returns float32 [S] by output; nothing for a rule without such a network.
     """
-    auxiliary = rule.auxiliary
     if auxiliary is None:
         return {}
     lesson = auxiliary.lesson(log.clicked_at, log.converted_at, windows, now)

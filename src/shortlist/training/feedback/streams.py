@@ -14,7 +14,7 @@ R clicks, S samples; all times in whole seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import get_args
 
 import numpy as np
@@ -62,6 +62,10 @@ class Emitted:
     def between(self, start: int, end: int) -> Emitted:
         """Those emitted at start .. end - 1."""
         return self.select(np.arange(*np.searchsorted(self.emitted_at, [start, end])))
+
+    def __add__(self, other: Emitted) -> Emitted:
+        """These samples, then the others."""
+        return Emitted(**{f.name: np.append(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
 
     def seen(self, auxiliary: Mapping[str, Tensor]) -> Seen:
         """The samples as a rule reads them; `auxiliary` float32 [S] by name."""
@@ -114,6 +118,28 @@ def as_known(clicked_at: Int, converted_at: Int, windows: Windows, now: int) -> 
     kind = np.select([quick, late], [POSITIVE, LATE], NEGATIVE)
     at = np.minimum(clicked_at[click] + windows.attribution_s, now)
     return _ordered(clicked_at, converted_at, click, kind, at)
+
+
+def stand_ins(known: Emitted, clicked_at: Int, windows: Windows, stream: Stream, now: int) -> Emitted:
+    """What clicks whose attribution window is open at `now` may still send: the copies that stand for it in a training at one moment.
+
+    With the chances of a click of its age, the copies of one that has not converted count 1 - f_rn (LATE) and f_rn (SETTLED_NEGATIVE), and
+    SETTLED_POSITIVE counts fully; then late positives and settled clicks have the mass that they will have.
+
+    Args:
+        known: samples of the stream emitted up to `now`.
+    """
+    first = known.select(np.flatnonzero(np.isin(known.kind, (NEGATIVE, POSITIVE))))
+    open_ = clicked_at[first.click] + windows.attribution_s > now
+    waits = open_ & (first.kind == NEGATIVE) & ~np.isin(first.click, known.click[known.kind == LATE])
+    parts = [_part(first.click[waits], LATE, np.full(len(clicked_at), now))]
+    if stream == "settled":
+        parts.append(_part(first.click[waits], SETTLED_NEGATIVE, np.full(len(clicked_at), now)))
+        quick = open_ & (first.kind == POSITIVE)
+        parts.append(_part(first.click[quick], SETTLED_POSITIVE, np.full(len(clicked_at), now)))
+    click, kind, at = (np.concatenate(column) for column in zip(*parts, strict=True))
+    made = _ordered(clicked_at, np.full(len(clicked_at), NEVER), click, kind, at)
+    return replace(made, delay=np.full(len(made), np.nan, dtype=np.float32))
 
 
 def emit_plainly(clicked_at: Int, converted_at: Int, windows: Windows, stream: Stream) -> list[tuple[int, ...]]:

@@ -65,6 +65,40 @@ class LateConversions(Auxiliary):
         )
 
 
+class SettledConversions(Auxiliary):
+    """The same chances for a training at one moment, f_rn for a click of any age: P(never converts | has not by that age).
+
+    It learns from settled clicks alone, whose attribution window has closed, so that nothing is masked: each once at the age of the
+    observation window and once at an age drawn evenly up to the attribution window.
+    """
+
+    heads = ("f_dp", "f_rn")
+    reads_elapsed: ClassVar[bool] = True
+
+    def lesson(self, clicked_at: Int, converted_at: Int, windows: Windows, now: int) -> Lesson:
+        """See Auxiliary; ConfigError where no click is settled."""
+        settled = np.flatnonzero(clicked_at + windows.attribution_s <= now)
+        if not len(settled):
+            raise ConfigError(
+                f"no click is older than the attribution window of {windows.attribution_s / HOUR_S:.0f} hours when training begins, so "
+                "nobody knows how many conversions are still to come; shorten it (learning.task_hours) or learn from more (data.fit_share)"
+            )
+        click = np.tile(settled, 2)
+        drawn = np.random.default_rng(len(settled)).integers(windows.observation_s, windows.attribution_s, len(settled))
+        age = np.append(np.full(len(settled), windows.observation_s), drawn)
+        quick, late = windows.split(clicked_at[click], converted_at[click], now)
+        converts = quick | late
+        by_age = converts & (converted_at[click] <= clicked_at[click] + age)
+        return Lesson(
+            click=click,
+            elapsed=age,
+            labels={
+                "f_dp": late.astype(np.float32),
+                "f_rn": np.where(by_age, np.nan, ~converts).astype(np.float32),
+            },
+        )
+
+
 @dataclass(frozen=True)
 class CounterfactualDeadline(Auxiliary):
     """FSIW's: f1 = P(has converted by now) of a click that converts, f0 = P(never converts) of one that has not by now, both for a click of
