@@ -83,7 +83,7 @@ def test_saving_is_read_off_the_arm_s_own_curve(found):
     # The default chain brings 1.75 for 4; the oracle the same for 1.75.
     assert found.saving("oracle") == pytest.approx(1 - 1.75 / 4)
     assert np.isnan(found.saving("mixture"))
-    assert found.as_dict()["saving"]["mixture"] is None
+    assert found.as_dict()["savings"]["ms"]["mixture"] is None
 
 
 def test_an_arm_is_compared_at_the_cost_that_it_really_had():

@@ -254,7 +254,13 @@ def open_governor(
     prices = None
     if config.capacity != Budget():
         settings = PriceConfig(window_seconds=config.window_seconds)
-        prices = PriceControl(allocator, config.capacity, Linear(LinearConfig()), settings, now=clock())
+        prices = PriceControl(
+            allocator,
+            config.capacity,
+            Linear(LinearConfig(memory_seconds=3 * config.window_seconds)),
+            settings,
+            now=clock(),
+        )
     stress = None
     if config.target_ms is not None:
         stress = MaxPower(allocation.chains, MaxPowerConfig(target_ms=config.target_ms), now=clock())

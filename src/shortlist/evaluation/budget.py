@@ -5,7 +5,7 @@ RUN-report/budget.html and budget.json. Learned and aimed on the validation wind
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +66,7 @@ def judge_budgets(
     window: Literal["valid", "test"] = "test",
     resource: str = "ms",
     arms: Sequence[str] = ARMS,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
     max_requests: int = 4_000,
     seed: int = 0,
     calibration: Calibration | None = None,
@@ -78,6 +79,7 @@ def judge_budgets(
         window: "test" once; on "valid" the calibration's later part is judged, which has already served for aiming.
         resource: that budgets are set in.
         arms: names of allocators.
+        settings: of an arm, where not its defaults.
         max_requests: of the test window, at most.
         calibration: of this run, where it has just been made; None = made here.
         tell: told of progress.
@@ -106,6 +108,7 @@ def judge_budgets(
         default=made.default,
         resource=resource,
         arms=arms,
+        settings=settings,
         seed=seed,
         note=run.dataset.split.note,
     )

@@ -92,12 +92,13 @@ class Frontier:
         """In their order."""
         return tuple(dict.fromkeys(point.arm for point in self.points))
 
-    def saving(self, arm: str) -> float:
+    def saving(self, arm: str, resource: str | None = None) -> float:
         """Share of the default chain's cost that the arm saves at the default chain's worth; NaN where it never reaches that.
 
-        Between its points an arm's worth rises in a straight line with its cost, as mixing two budgets would make it.
+        Between its points an arm's worth rises in a straight line with its cost, as mixing two budgets would make it. `resource` is what
+        is paid in, None = what budgets are set in.
         """
-        number = RESOURCES.index(self.resource)
+        number = RESOURCES.index(resource or self.resource)
         points = sorted(self.of(arm), key=lambda point: float(point.costs_C[number]))
         cost, worth = [float(p.costs_C[number]) for p in points], [p.worth.mean for p in points]
         wanted, paid = float(self.worth_J[self.default]), float(self.chains.costs_JC[self.default, number])
@@ -121,7 +122,10 @@ class Frontier:
                 for name, costs, worth in zip(self.chains.names, self.chains.costs_JC, self.worth_J.tolist())
             ],
             "points": [point.as_dict() for point in self.points],
-            "saving": {arm: None if np.isnan(s := self.saving(arm)) else s for arm in self.arms},
+            "savings": {
+                resource: {arm: None if np.isnan(s := self.saving(arm, resource)) else s for arm in self.arms}
+                for resource in RESOURCES
+            },
         }
 
 

@@ -174,9 +174,13 @@ def test_prices_choose_as_the_rule_says():
     allocator.aim(Budget(mflop=3.0, ms=1.7), DAY)
     choice = allocator.choose(DAY)
     values = allocator.values(DAY)
-    np.testing.assert_array_equal(choice.chain_R, choose(values, CHAINS.costs_JC, allocator.prices_C))
+    dearer, cheaper = (choose(values, CHAINS.costs_JC, prices) for prices in (allocator.lower_C, allocator.prices_C))
+    assert ((choice.chain_R == dearer) | (choice.chain_R == cheaper)).all()
+    apart = dearer != cheaper
+    assert (choice.chain_R == dearer)[apart].mean() == pytest.approx(allocator.mix, abs=0.1)
     np.testing.assert_array_equal(choice.value_R, values[np.arange(len(DAY)), choice.chain_R])
-    assert (choice.propensity_R == 1).all()
+    chance = np.where(~apart, 1.0, np.where(choice.chain_R == dearer, allocator.mix, 1 - allocator.mix))
+    np.testing.assert_allclose(choice.propensity_R, chance)
     exact = solve(values, CHAINS.costs_JC, Budget(mflop=3.0, ms=1.7).limits_C)
     np.testing.assert_array_equal(exact.prices_C, choice.prices_C)
 

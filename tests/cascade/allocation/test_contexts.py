@@ -14,6 +14,7 @@ from engine_support import prepared_cascade, shop_dataset
 from shortlist.cascade.allocation.contexts import (
     CONTEXT_NAMES,
     MOST,
+    YES_OR_NO,
     Contexts,
     popularity,
     raw_contexts,
@@ -150,6 +151,8 @@ def test_standardised_they_have_mean_0_and_deviation_1_or_are_0(shop):
     assert found_RF.dtype == np.float32
     assert found_RF.shape == (len(shop.split.valid), F)
     inside = (np.abs(found_RF) < MOST).all(0)
+    inside[YES_OR_NO] = False  # 1 or -1, whoever was measured
+    assert (np.abs(found_RF[:, YES_OR_NO]) == 1).all()
     np.testing.assert_allclose(found_RF[:, inside].mean(0), 0, atol=1e-5)
     deviation_F = found_RF[:, inside].std(0)
     assert ((np.abs(deviation_F - 1) < 1e-4) | (deviation_F == 0)).all()

@@ -17,6 +17,7 @@ from shortlist.cascade.allocation.rewards import (
     _validating,
     known_weights,
     mean_rewards,
+    trust,
 )
 from shortlist.errors import ConfigError, DataError
 
@@ -303,3 +304,35 @@ def test_bad_outcomes_and_settings_are_refused_by_name():
     with pytest.raises(ConfigError, match="recursive"):
         RewardModel("recursiv", RewardConfig(), CHAINS, F)
     assert len(BASES) == 6
+
+
+def test_trust_is_the_slope_of_what_came_true_on_what_was_predicted():
+    rng = np.random.default_rng(0)
+    own = rng.standard_normal((4_000, 3))
+    centred = own - own.mean(1, keepdims=True)
+    rewards = (
+        np.array([1.0, 2.0, 5.0])
+        + 0.4 * centred
+        + rng.standard_normal((4_000, 1))
+        + 0.1 * rng.standard_normal(own.shape)
+    )
+    valid, weights = np.arange(4_000) >= 2_000, np.ones(own.shape)
+    assert trust(own, rewards, weights, valid) == pytest.approx(0.4, abs=0.02)
+    assert trust(-own, rewards, weights, valid) == 0.0  # what came out the other way round is not believed
+    assert trust(0.1 * own, rewards, weights, valid) == 1.0  # nor is anything believed more than it says
+    alone = np.zeros(own.shape)
+    alone[:, 0] = 1.0
+    assert trust(own, rewards, alone, valid) == 1.0  # no request knows two chains: nothing can be said
+
+
+def test_a_model_that_found_nothing_treats_all_requests_alike():
+    outcomes = replayed(600, CHAINS, seed=5)
+    shuffled = replace(outcomes, contexts_RF=outcomes.contexts_RF[np.random.default_rng(1).permutation(600)])
+    spread = {}
+    for name, past in (("true", outcomes), ("shuffled", shuffled)):
+        model = built("recursive", epochs=30)
+        model.fit(past)
+        values = model.predict(contexts(200, seed=6))
+        spread[name] = (values - values.mean(1, keepdims=True)).std(0).mean()
+        assert model.order.violations(values) == 0.0
+    assert spread["shuffled"] < 0.2 * spread["true"]

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from shortlist.cascade.allocation.solver import best_mixture, choose, envelope, paid, solve
+from shortlist.cascade.allocation.solver import best_mixture, between, choose, envelope, paid, solve
 from shortlist.errors import DataError
 
 optimize = pytest.importorskip("scipy.optimize")
@@ -241,3 +241,30 @@ def test_bad_tables_are_refused():
         solve(values, costs[:2], np.array([3.0]))
     with pytest.raises(DataError, match="0 or above"):
         solve(values, -costs, np.array([3.0]))
+
+
+def test_alike_requests_are_mixed_so_that_the_budget_is_met():
+    values, costs = np.tile([1.0, 3.0], (10, 1)), np.array([[1.0], [2.0]])
+    prices = solve(values, costs, np.array([1.3])).prices_C
+    assert (choose(values, costs, prices) == 0).all()  # one price lets all of them through or none
+    lower, share = between(values, costs, np.array([1.3]), prices)
+    assert (choose(values, costs, lower) == 1).all()
+    assert share == pytest.approx(0.3)
+
+
+def test_nothing_is_mixed_where_the_budget_is_no_limit():
+    values, costs = np.tile([1.0, 3.0], (10, 1)), np.array([[1.0], [2.0]])
+    for limit in (5.0, np.inf):
+        limits = np.array([limit])
+        assert between(values, costs, limits, solve(values, costs, limits).prices_C)[1] == 0.0
+
+
+def test_mixing_keeps_every_limit():
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        values, costs = rng.gamma(1.0, size=(60, 6)), np.sort(rng.gamma(2.0, size=(6, 2)), axis=0)
+        limits = costs.min(0) + rng.random(2) * (costs.mean(0) - costs.min(0))
+        prices = solve(values, costs, limits).prices_C
+        lower, share = between(values, costs, limits, prices)
+        spent = [costs[choose(values, costs, p)].mean(0) for p in (prices, lower)]
+        assert ((1 - share) * spent[0] + share * spent[1] <= limits * (1 + 1e-12)).all()

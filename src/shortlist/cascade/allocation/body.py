@@ -21,7 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortlist.cascade.allocation import solver
-from shortlist.cascade.allocation.base import Allocator, Budget, ChainSet, Choice, Float, Int, Outcomes, Spent
+from shortlist.cascade.allocation.base import (
+    RESOURCES,
+    Allocator,
+    Budget,
+    ChainSet,
+    Choice,
+    Float,
+    Int,
+    Outcomes,
+    Spent,
+)
 from shortlist.cascade.allocation.contexts import CONTEXT_NAMES
 from shortlist.cascade.allocation.rewards import Kind, RewardConfig, RewardModel, mean_rewards
 from shortlist.errors import ConfigError, DataError
@@ -103,6 +113,11 @@ class Chooser(Allocator):
         """Chains that newcomers may have, set by `aim`."""
         self.explore = config.explore
         """Share that the budget allows, set by `aim`."""
+        self.lower_C: Float = np.zeros(len(RESOURCES))
+        """Prices a little lower than `prices_C`, at which the budget would be passed."""
+        self.mix = 0.0
+        """Share of requests that are chosen at the lower prices: what makes the mean cost meet the budget where many requests are alike
+        and one price would let all of them through or none."""
         self._rng = np.random.default_rng()
 
     def fit(self, outcomes: Outcomes) -> None:
@@ -127,15 +142,21 @@ class Chooser(Allocator):
         return np.zeros(len(contexts_RF), dtype=np.int64)
 
     def shares(self, values_RJ: Float, may_KJ: Bools, kind_R: Int) -> Float:
-        """[R, J] chances of chains, 0 outside of `may_KJ`; sums of one. By default all on the most value after its price."""
-        net_RJ = np.where(may_KJ[kind_R], values_RJ, -np.inf) - solver.paid(self.chains.costs_JC, self.prices_C)
-        share_RJ = np.zeros(net_RJ.shape)
-        share_RJ[np.arange(len(net_RJ)), net_RJ.argmax(1)] = 1.0
+        """[R, J] chances of chains, 0 outside of `may_KJ`; sums of one. By default all on the most value after its price, but for the
+        share `mix` that goes by the lower prices."""
+        open_RJ = np.where(may_KJ[kind_R], values_RJ, -np.inf)
+        share_RJ = np.zeros(open_RJ.shape)
+        request_R = np.arange(len(open_RJ))
+        for prices_C, share in ((self.prices_C, 1 - self.mix), (self.lower_C, self.mix)):
+            if share:
+                share_RJ[request_R, (open_RJ - solver.paid(self.chains.costs_JC, prices_C)).argmax(1)] += share
         return share_RJ
 
     def settle(self, values_RJ: Float, may_KJ: Bools, kind_R: Int, limits_C: Float) -> None:
         """Set what `shares` goes by, so that these requests cost at most `limits_C` on average. By default prices."""
-        self.prices_C = self._solved(values_RJ, may_KJ, kind_R, limits_C)
+        open_RJ = np.where(may_KJ[kind_R], values_RJ, -np.inf)
+        self.prices_C = solver.solve(open_RJ, self.chains.costs_JC, limits_C).prices_C
+        self.lower_C, self.mix = solver.between(open_RJ, self.chains.costs_JC, limits_C, self.prices_C)
 
     def aim(self, budget: Budget, contexts_RF: NDArray[np.float32]) -> None:
         """See `Allocator.aim`; DataError for no requests or other features than it was made for."""
@@ -191,13 +212,16 @@ class Chooser(Allocator):
         more_C = np.where((said_C > 0) & (spent.spent_C > 0), spent.spent_C / np.maximum(said_C, 1e-300), 1.0)
         kind_R = self.kinds(spent.contexts_RF)
         self.explore, self.floor_J, limits_C = self._plan(self.budget.limits_C / more_C, kind_R)
-        prices_C = self._solved(self.values(spent.contexts_RF), self._may_KJ(None), kind_R, limits_C)
-        self.prices_C = (1 - self.config.rho) * self.prices_C + self.config.rho * prices_C
+        before_2C = np.stack([self.prices_C, self.lower_C])
+        self.settle(self.values(spent.contexts_RF), self._may_KJ(None), kind_R, limits_C)
+        after_2C = np.stack([self.prices_C, self.lower_C])
+        self.prices_C, self.lower_C = (1 - self.config.rho) * before_2C + self.config.rho * after_2C
 
     def state(self) -> Mapping[str, Float]:
         """Arrays that `load_state` restores."""
         arrays = dict(super().state())
         arrays |= {"mean": self.mean_J, "explore": np.array([self.explore])}
+        arrays |= {"lower": self.lower_C, "mix": np.array([self.mix])}
         arrays |= {"own": self.own_J.astype(np.float64), "floor": self.floor_J.astype(np.float64)}
         if self.model is not None:
             arrays |= {f"model.{name}": array for name, array in self.model.state().items()}
@@ -215,11 +239,8 @@ class Chooser(Allocator):
         if self.model is not None:
             self.model.load_state({n.removeprefix("model."): a for n, a in state.items() if n.startswith("model.")})
         self.mean_J, self.explore = np.array(state["mean"]), float(state["explore"][0])
+        self.lower_C, self.mix = np.array(state["lower"], dtype=np.float64), float(state["mix"][0])
         self.own_J, self.floor_J = state["own"] > 0, state["floor"] > 0
-
-    def _solved(self, values_RJ: Float, may_KJ: Bools, kind_R: Int, limits_C: Float) -> Float:
-        """Prices [C] for these requests."""
-        return solver.solve(np.where(may_KJ[kind_R], values_RJ, -np.inf), self.chains.costs_JC, limits_C).prices_C
 
     def _may_KJ(self, most_C: Float | None) -> Bools:
         """bool [2, J]: chains that known users and newcomers may have.

@@ -61,6 +61,7 @@ newest popularity        the same over the newest visit
 hour, weekday            of the request, UTC, on a circle
 """
 F = len(CONTEXT_NAMES)
+YES_OR_NO = [CONTEXT_NAMES.index(name) for name in ("known user", "has history")]
 MOST = 4.0
 """Standardised features are cut at so many deviations, so that no request is far outside of what calibration saw."""
 _DAY = 86_400.0
@@ -202,9 +203,12 @@ class Contexts:
         raw_RF = np.concatenate(parts)
         mean_F, deviation_F = raw_RF.mean(0), raw_RF.std(0)
         varies_F = deviation_F > 1e-9 * (1 + np.abs(mean_F))
+        scale_F = np.where(varies_F, deviation_F, np.inf)
+        # Yes or no stays 1 or -1: who is new must be told apart in serving even where calibration met nobody who is.
+        mean_F[YES_OR_NO] = scale_F[YES_OR_NO] = 0.5
         return cls(
             mean_F=mean_F,
-            scale_F=np.where(varies_F, deviation_F, np.inf),
+            scale_F=scale_F,
             popularity_N=popularity_N,
             has_clock=has_clock,
         )

@@ -39,7 +39,7 @@ AT_ONCE = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardConfig:
-    """How a value model learns; the linear one reads `valid_share`, `most_weight` and `seed` alone."""
+    """How a value model learns; the linear one reads `valid_share`, `most_weight`, `shrink` and `seed` alone."""
 
     join: Join = "product"
     """How recursive ones join a stage's gain to what earlier stages let through: their product or their soft minimum."""
@@ -59,6 +59,8 @@ class RewardConfig:
     """Share of users whose requests validate."""
     most_weight: float = 100.0
     """Weights 1 / propensity are cut at so many times their median: a little bias against a lot of variance."""
+    shrink: bool = True
+    """Whether what sets a request apart is believed only as far as it came true on the requests that validate: see `trust`."""
     seed: int = 0
     """Of the split, the first weights and the order of batches."""
 
@@ -151,6 +153,10 @@ class RewardModel:
         self.scale = 1.0
         self.valid_loss = float("nan")
         """Loss on the requests that validated, in units of the mean reward; NaN before fitting."""
+        self.typical_J: Float = np.zeros(len(chains))
+        """What is predicted on average, in units of the mean reward."""
+        self.trust = 1.0
+        """Share of a request's difference from the typical one that is believed."""
         self._weight_GJ: Float = np.zeros((num_features + 1, len(chains)))
         self._net = None if kind == "linear" else _net(kind, config, chains, num_features)
         self._shared: list[Shared] | None = None
@@ -170,6 +176,12 @@ class RewardModel:
                 _net(self.kind, self.config, self.chains, self.num_features), self.config, lesson
             )
             self._shared = None
+        if self.config.shrink:
+            value_RJ = np.concatenate(
+                [self._raw(part) for part in np.array_split(lesson.x_RF, -(-len(lesson.x_RF) // AT_ONCE))]
+            )
+            self.typical_J = value_RJ[~lesson.valid_R].mean(0)
+            self.trust = trust(value_RJ - self.typical_J, lesson.reward_RJ, lesson.weight_RJ, lesson.valid_R)
 
     def predict(self, contexts_RF: NDArray[np.float32]) -> Float:
         """float64 [R, J]: expected rewards. DataError for another number of features."""
@@ -179,13 +191,18 @@ class RewardModel:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _rows(self, contexts_RF: NDArray[np.float32]) -> Float:
-        x_RF = self._scaled(contexts_RF)
+        values_RJ = self._raw(self._scaled(contexts_RF))
+        if self.trust < 1:  # between two values in order is a value in order
+            values_RJ = self.typical_J + self.trust * (values_RJ - self.typical_J)
+        return values_RJ * self.scale
+
+    def _raw(self, x_RF: NDArray[np.float32]) -> Float:
+        """[R, J] from scaled features, in units of the mean reward."""
         if self._net is None:
             values_RJ = x_RF @ self._weight_GJ[1:] + self._weight_GJ[0]
         else:
             with torch.inference_mode():
                 values_RJ = self._forward(torch.from_numpy(x_RF)).numpy().astype(np.float64)
-        values_RJ *= self.scale
         return self.order.raised(values_RJ) if self.kind in MONOTONE else values_RJ
 
     def state(self) -> dict[str, Float]:
@@ -194,6 +211,8 @@ class RewardModel:
             "mean": self.mean_F.astype(np.float64),
             "deviation": self.deviation_F.astype(np.float64),
             "scale": np.array([self.scale]),
+            "typical": self.typical_J,
+            "trust": np.array([self.trust]),
         }
         if self._net is None:
             return arrays | {"linear": self._weight_GJ}
@@ -210,6 +229,7 @@ class RewardModel:
         self.mean_F = state["mean"].astype(np.float32)
         self.deviation_F = state["deviation"].astype(np.float32)
         self.scale = float(state["scale"][0])
+        self.typical_J, self.trust = np.array(state["typical"], dtype=np.float64), float(state["trust"][0])
         self._shared = None
         if self._net is None:
             self._weight_GJ = np.array(state["linear"], dtype=np.float64)
@@ -292,6 +312,37 @@ def mean_rewards(outcomes: Outcomes, num_chains: int) -> Float:
     total_J = weight_RJ.sum(0)
     summed_J = np.where(weight_RJ > 0, outcomes.rewards_RJ, 0.0) * weight_RJ
     return np.divide(summed_J.sum(0), total_J, out=np.full(len(total_J), np.nan), where=total_J > 0)
+
+
+def trust(own_RJ: Float, reward_RJ: Float, weight_RJ: Float, valid_R: NDArray[np.bool_]) -> float:
+    """How far predicted differences between chains come true, request by request: from 0, not at all, to 1.
+
+    The slope of the regression, through the origin, of what chains really brought beyond their mean on what was predicted beyond the
+    typical request's, both centred within the request, since only differences between its chains matter to a choice; on requests that
+    validate and know two chains or more. A model that found nothing gets 0 and all requests are then treated alike, which keeps an
+    allocator from buying the luckiest of many noisy predictions.
+
+    Args:
+        own_RJ: predicted, less what is predicted on average.
+        reward_RJ: 0 where unknown.
+        weight_RJ: 0 where unknown.
+        valid_R: requests to look at; the means of chains are those of the others.
+
+    Returns 1 where no request knows two chains.
+    """
+    learn_R = ~valid_R
+    total_J = weight_RJ[learn_R].sum(0)
+    mean_J = (weight_RJ * reward_RJ)[learn_R].sum(0) / np.maximum(total_J, 1e-12)
+    weight_VJ = weight_RJ[valid_R] * (total_J > 0)
+    weight_VJ = weight_VJ * ((weight_VJ > 0).sum(1) > 1)[:, None]
+    share_VJ = weight_VJ / np.maximum(weight_VJ.sum(1, keepdims=True), 1e-12)
+    predicted_VJ, true_VJ = own_RJ[valid_R], reward_RJ[valid_R] - mean_J
+    predicted_VJ = predicted_VJ - (share_VJ * predicted_VJ).sum(1, keepdims=True)
+    true_VJ = true_VJ - (share_VJ * true_VJ).sum(1, keepdims=True)
+    if not weight_VJ.any():
+        return 1.0
+    spread = float((weight_VJ * predicted_VJ**2).sum())
+    return float(np.clip((weight_VJ * predicted_VJ * true_VJ).sum() / spread, 0.0, 1.0)) if spread > 0 else 1.0
 
 
 def _validating(users_R: Int, config: RewardConfig) -> NDArray[np.bool_]:

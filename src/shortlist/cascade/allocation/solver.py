@@ -54,6 +54,10 @@ class Solution:
     """Whether the limits are kept; False where the cheapest choice of all requests costs more."""
 
 
+LOWER = (1e-6, 1e-4, 1e-2, 0.1, 0.5, 1.0)
+"""Shares by which prices are lowered until the limits are passed."""
+
+
 def paid(costs: Float, prices_C: Float) -> Float:
     """What chains cost at these prices: [..., C] -> [...].
 
@@ -115,6 +119,33 @@ def _prices(table: _Table, limits_L: Float) -> Float:
         return _along(table, free_L, direction_L, limits_L)
     start_L, scale_L = _dual_minimum(table, limits_L, direction_L)
     return _along(table, start_L, scale_L, limits_L)
+
+
+def between(values_RJ: Float, costs_JC: Float, limits_C: Float, prices_C: Float) -> tuple[Float, float]:
+    """Prices just below `prices_C` at which the limits are passed, and the share of requests that may be chosen at them.
+
+    One price lets all requests that are alike through or none, and then leaves a part of the budget. Choosing some of them, at random, at a
+    lower price spends it: the mean cost of both is within the limits and meets the tightest.
+
+    Args:
+        values_RJ: what chains are worth, -inf where a request may not have one.
+        costs_JC: of chains.
+        limits_C: mean cost, infinite where there is none.
+        prices_C: at which the mean cost is within the limits.
+
+    Returns the lower prices [C] and the share; a share of 0 where even chains for nothing stay within the limits.
+    """
+    spent_C = costs_JC[choose(values_RJ, costs_JC, prices_C)].mean(0)
+    limited_C = np.isfinite(limits_C)
+    if not (prices_C > 0).any() or (spent_C > limits_C)[limited_C].any():
+        return prices_C.copy(), 0.0
+    for step in LOWER:
+        lower_C = prices_C * (1 - step)
+        more_C = costs_JC[choose(values_RJ, costs_JC, lower_C)].mean(0)
+        over_C = limited_C & (more_C > limits_C)
+        if over_C.any():
+            return lower_C, float(((limits_C - spent_C)[over_C] / (more_C - spent_C)[over_C]).min())
+    return prices_C.copy(), 0.0
 
 
 def filled(values_RJ: Float, costs_xJC: Float, chain_R: Int, limits_C: Float, prices_C: Float) -> Int:
