@@ -50,7 +50,8 @@ CLAIM = Claim(
     "the better). 4,000 new requests are allocated at one budget (40 % of the way from the cheapest to the dearest chain, milliseconds) by "
     "predicted values and judged by true expected rewards. Gain: 0 is the best mixture of fixed chains, which is given the true means, 1 "
     "is the true rewards as values. NDCG: of the chains' order per request, gains are true rewards. DCAF: the same where only the "
-    "ranking stage's count moves. Three seeds, each another world.",
+    "ranking stage's count moves. Three seeds, each another world; two "
+    "trials on one of them, with other requests, came before sizes and lengths of training were set.",
     bar="recursive: gain not below the plain network's at 2,000 requests and above it at 20,000, as means over seeds; no violation of "
     "monotonicity at all. DCAF: a monotone network's gain at least 1.2 times the linear model's at 20,000",
 )
