@@ -113,7 +113,8 @@ def planted() -> pl.DataFrame:
 
 def judge(arms: Mapping[str, Arm]) -> Judgement:
     """How often each estimator agrees with the on-policy mean, and how far it is off."""
-    agreed, off = dict.fromkeys(ESTIMATORS, 0), {name: [] for name in ESTIMATORS}
+    agreed = dict.fromkeys(ESTIMATORS, 0)
+    off: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
     for campaign in CAMPAIGNS:
         for policy, other in OTHER.items():
             true = arms[f"{campaign}: {policy}, on policy"].metrics["click_rate"]
