@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install install-dev demo test lint docs clean
+.PHONY: help install install-dev demo test lint services docs clean
 
 help:
 	@echo "make demo      train and evaluate the cascade on the built-in shop log, offline"
@@ -41,7 +41,11 @@ lint: install-dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-test: lint
+# PostgreSQL and Redis for the tests; without them and without the rights to install them, some tests are skipped.
+services: install-dev
+	@$(BIN)/python tests/services.py
+
+test: lint services
 	$(BIN)/pytest -n 2 --dist worksteal
 
 docs: install-dev

@@ -5,6 +5,8 @@ import tempfile
 import pytest
 import torch
 
+import services
+
 torch.set_num_threads(1)
 
 
@@ -16,3 +18,28 @@ def own_measuring_lock(tmp_path_factory):
         patch.setenv("TMPDIR", str(folder))
         patch.setattr(tempfile, "tempdir", None)
         yield
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A real PostgreSQL server; installed where it is missing."""
+    yield from _running(services.Postgres)
+
+
+@pytest.fixture(scope="session")
+def redis_server():
+    """A real Redis server; installed where it is missing."""
+    yield from _running(services.Redis)
+
+
+def _running(kind):
+    try:
+        services.install()
+        service = kind()
+    except services.CanNotBeHad as error:
+        pytest.skip(str(error))
+    try:
+        service.start()
+        yield service
+    finally:
+        service.close()

@@ -118,7 +118,7 @@ def test_events_survive_closing_and_are_shared_between_stores(tmp_path):
 def test_the_file_is_in_wal_mode_and_waits_for_the_disk(tmp_path):
     for sync, number in (("full", 2), ("normal", 1)):
         store = EventStore(tmp_path / f"{sync}.db", sync=sync)
-        with store._engine.connect() as connection:
+        with store._database.engine.connect() as connection:
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
             assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == number
         store.close()

@@ -3,9 +3,11 @@
     append([Event(user="u7", item="b2", timestamp=1_700_000_000.5)])     returns when the event can no longer be lost
     history(["u7", "u9"])                                                their newest events, oldest first
 
-One SQLite file in WAL mode. An acknowledged event survives the death of the process (kill -9) with either setting of `sync`; with "full"
-each append waits for the disk, so it survives a power cut too, as far as the disk tells the truth; with "normal" a power cut may take
-the last moments before it, never the file. Several processes may share the file on one machine.
+One SQLite file in WAL mode, or a PostgreSQL database. In the file an acknowledged event survives the death of the process (kill -9) with
+either setting of `sync`; with "full" each append waits for the disk, so it survives a power cut too, as far as the disk tells the truth;
+with "normal" a power cut may take the last moments before it, never the file. Several processes may share the file on one machine.
+PostgreSQL is for servers on several machines: each append waits for its disk, and an event that one server acknowledged is read by all
+others at once. Appends take turns there too, so that numbers of events grow in the order in which the events can be read.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +22,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Column,
+    Connection,
     Double,
-    Engine,
     Index,
     Integer,
     MetaData,
@@ -32,16 +34,21 @@ from sqlalchemy import (
     String,
     Table,
     bindparam,
-    create_engine,
-    event,
+    column,
+    delete,
     func,
     select,
+    text,
 )
-from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.dialects import postgresql, sqlite
 
 from shortlist.data.histories import Int
 from shortlist.errors import DataError
+from shortlist.store.databases import LOCK_SPACE, Database
+from shortlist.store.databases import StoreUnavailable as StoreUnavailable
+from shortlist.store.databases import available as available
+from shortlist.store.databases import sqlite_engine as sqlite_engine
+from shortlist.store.erasing import erase
 
 MAX_TIMESTAMP = 1e11
 """Seconds; the year 5138. A larger number is milliseconds sent by mistake."""
@@ -62,12 +69,19 @@ EVENTS = Table(
     Index("events_by_user", "user_id", "time_ms"),
     sqlite_autoincrement=True,  # a number is never used twice, so "newer than event 17" stays true after deletions
 )
-_SQLITE_HEAD = b"SQLite format 3\0"
-_APPEND = insert(EVENTS).on_conflict_do_nothing(index_elements=["event_id"])
-
-
-class StoreUnavailable(RuntimeError):
-    """The event store can not be read or written now: disk full, file locked or gone. Nothing was acknowledged."""
+_GIVEN = {name: EVENTS.c[name].type for name in ("user_id", "item_id", "time_ms", "action", "value", "event_id")}
+_APPEND_ROWS = sqlite.insert(EVENTS).on_conflict_do_nothing(index_elements=["event_id"])
+_ROWS_OF_COLUMNS = func.unnest(*(bindparam(name, type_=ARRAY(kind)) for name, kind in _GIVEN.items()))
+_APPEND_COLUMNS = (  # one statement for the whole batch: a column is one parameter
+    postgresql.insert(EVENTS)
+    .from_select(
+        list(_GIVEN),
+        select(*map(column, _GIVEN)).select_from(_ROWS_OF_COLUMNS.table_valued(*_GIVEN, name="given").render_derived()),
+    )
+    .on_conflict_do_nothing(index_elements=["event_id"])
+    .execution_options(preserve_rowcount=True)
+)
+_IN_TURN = text(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, 1)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,27 +125,33 @@ class EventStore:
     """Appends and reads events; safe to use from many threads.
 
     Args:
-        path: SQLite file, made when missing.
-        sync: "full" survives a power cut, "normal" only the death of the process, and is quicker.
-        max_per_user: newest events of a user that `history` gives; older ones stay in the file.
+        where: path of a SQLite file, made when missing, or postgresql://user:password@host:port/name with the extra `postgres`.
+        sync: on SQLite, "full" survives a power cut, "normal" only the death of the process, and is quicker.
+        max_per_user: newest events of a user that `history` gives; older ones stay in the store.
 
     Raises:
-        DataError: the folder is missing, or the file is something else than an event store.
+        DataError: the folder is missing, or the file is something else than an event store, or the server can not be used.
+        ConfigError: a URL of something else, or the extra is missing.
     """
 
-    def __init__(self, path: Path, *, sync: Literal["full", "normal"] = "full", max_per_user: int = 1_000) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, where: Path | str, *, sync: Literal["full", "normal"] = "full", max_per_user: int = 1_000
+    ) -> None:
         self.max_per_user = max_per_user
-        if not self.path.parent.is_dir():
-            raise DataError(f"{self.path.parent} is not a folder, so no event store can be made in it; create it first")
-        self._engine = sqlite_engine(self.path, sync=sync, what="an event store")
+        self._database = Database(where, sync=sync, what="an event store")
+        self._database.prepare(EVENTS)
         self._writing = threading.Lock()
-        try:
-            _METADATA.create_all(self._engine)
-        except SQLAlchemyError as error:
-            self._engine.dispose()
-            raise DataError(f"{self.path} can not be used as an event store: {_cause(error)}") from error
         self._one_user, self._many_users = _newest_of_one(max_per_user), _newest_of_many(max_per_user)
+
+    @property
+    def name(self) -> str:
+        """What the store is called in messages: its path, or its URL without user and password."""
+        return self._database.name
+
+    @property
+    def path(self) -> Path | None:
+        """The SQLite file; None on PostgreSQL."""
+        return self._database.path
 
     def append(self, events: Sequence[Event]) -> int:
         """Keep events; when this returns they are durable. Gives how many were new: an `event_id` that is there already is passed over.
@@ -140,78 +160,67 @@ class EventStore:
 
         Raises:
             DataError: an id is empty or too long, a time or value is no finite number; names the event's place in the list.
-            StoreUnavailable: the file can not be written.
+            StoreUnavailable: the store can not be written. Where its server died just then, the events may be there all the same:
+                only an `event_id` makes it harmless to send them again.
         """
         rows = [_row(place, e) for place, e in enumerate(events)]
         if not rows:
             return 0
-        with self._writing, available(self.path), self._engine.begin() as connection:
-            return connection.execute(_APPEND, rows).rowcount
+        with self._writing:
+            return self._database.write(lambda connection: self._append(connection, rows))
+
+    def _append(self, connection: Connection, rows: list[dict[str, Any]]) -> int:
+        if not self._database.is_server:
+            return connection.execute(_APPEND_ROWS, rows).rowcount
+        connection.execute(_IN_TURN)
+        return connection.execute(_APPEND_COLUMNS, {name: [row[name] for row in rows] for name in _GIVEN}).rowcount
 
     def history(self, users: Sequence[str]) -> UserEvents:
-        """The newest `max_per_user` events of each of the given users; StoreUnavailable when the file can not be read."""
-        with available(self.path), self._engine.connect() as connection:
-            if len(users) == 1:
-                found = list(connection.execute(self._one_user, {"user": users[0]}))[::-1]
-                return _user_events(np.zeros(len(found), dtype=np.int64), found)
-            found = []
-            for chunk in _chunks(list(dict.fromkeys(users)), _USERS_PER_QUERY):
-                found += connection.execute(self._many_users, {"users": chunk})
+        """The newest `max_per_user` events of each of the given users; StoreUnavailable when the store can not be read."""
+        if len(users) == 1:
+            rows = self._database.read(lambda c: c.execute(self._one_user, {"user": users[0]}).all())[::-1]
+            return _user_events(np.zeros(len(rows), dtype=np.int64), rows)
+        chunks = list(_chunks(list(dict.fromkeys(users)), _USERS_PER_QUERY))
+        found = self._database.read(
+            lambda c: [row for chunk in chunks for row in c.execute(self._many_users, {"users": chunk})]
+        )
         return _in_order_of(users, found)
 
     def users(self) -> list[str]:
         """Everyone with an event, in the order of their first one kept."""
         wanted = select(EVENTS.c.user_id).group_by(EVENTS.c.user_id).order_by(func.min(EVENTS.c.id))
-        with available(self.path), self._engine.connect() as connection:
-            return list(connection.scalars(wanted))
+        return self._database.read(lambda connection: list(connection.scalars(wanted)))
+
+    def forget(self, user: str) -> tuple[int, bool]:
+        """Wipe a user's events: how many there were, and whether the file was written anew; see store/erasing.py.
+
+        PostgreSQL writes nothing anew: the bytes go when it next vacuums the table.
+        """
+        wanted = delete(EVENTS).where(EVENTS.c.user_id == user)
+        with self._writing:
+            if self.path is None:
+                return self._database.write(lambda connection: connection.execute(wanted).rowcount), False
+            with available(self.path):
+                return erase(self._database.engine, self.path, [wanted])
 
     def __len__(self) -> int:
         """Events kept."""
-        with available(self.path), self._engine.connect() as connection:
-            return int(connection.scalar(select(func.count()).select_from(EVENTS)) or 0)
+        wanted = select(func.count()).select_from(EVENTS)
+        return int(self._database.read(lambda connection: connection.scalar(wanted)) or 0)
 
     def close(self) -> None:
-        """Let go of the file; every acknowledged event is in it already."""
-        self._engine.dispose()
-
-
-def sqlite_engine(path: Path, *, sync: Literal["full", "normal", "off"], what: str) -> Engine:
-    """A SQLite file in WAL mode whose connections wait for each other up to five seconds.
-
-    DataError, which calls the file `what`, where it holds something else: SQLite itself would write over a very short one.
-    """
-    if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(len(_SQLITE_HEAD))
-        if head and head != _SQLITE_HEAD:
-            raise DataError(f"{path} can not be used as {what}: file is not a database; choose another")
-    engine = create_engine(f"sqlite:///{path}", pool_size=8, max_overflow=56)
-
-    @event.listens_for(engine, "connect")
-    def _pragmas(connection: Any, _: Any) -> None:
-        for pragma in ("busy_timeout = 5000", "journal_mode = WAL", f"synchronous = {sync}"):
-            connection.execute(f"PRAGMA {pragma}").close()
-
-    return engine
-
-
-@contextmanager
-def available(path: Path) -> Iterator[None]:
-    """Turns errors of the database into StoreUnavailable with the file's name."""
-    try:
-        yield
-    except SQLAlchemyError as error:
-        raise StoreUnavailable(f"{path} can not be used: {_cause(error)}") from error
-
-
-def _cause(error: SQLAlchemyError) -> str:
-    return str(getattr(error, "orig", None) or error)
+        """Let go of the database; every acknowledged event is in it already."""
+        self._database.close()
 
 
 def _row(place: int, e: Event) -> dict[str, Any]:
-    for name, text in (("user", e.user), ("item", e.item)):
-        if not isinstance(text, str) or not 0 < len(text) <= MAX_ID_CHARS:
-            raise DataError(f"event {place}: {name} must be 1 to {MAX_ID_CHARS} characters of text, got {text!r:.80}")
+    for name, given in (("user", e.user), ("item", e.item), ("action", e.action), ("event_id", e.event_id)):
+        if given is None and name in ("action", "event_id"):
+            continue
+        if not isinstance(given, str) or not 0 < len(given) <= MAX_ID_CHARS:
+            raise DataError(f"event {place}: {name} must be 1 to {MAX_ID_CHARS} characters of text, got {given!r:.80}")
+        if (not given.isascii() and _is_broken(given)) or "\0" in given:
+            raise DataError(f"event {place}: {name} holds what is no character of text: {given!r:.80}")
     if not 0 <= e.timestamp < MAX_TIMESTAMP:
         raise DataError(f"event {place}: timestamp must be seconds since 1970, got {e.timestamp!r}")
     if e.value is not None and not math.isfinite(e.value):
@@ -224,6 +233,11 @@ def _row(place: int, e: Event) -> dict[str, Any]:
         "value": e.value,
         "event_id": e.event_id,
     }
+
+
+def _is_broken(given: str) -> bool:
+    """Whether text holds half a character (a lone surrogate), which no database takes."""
+    return any("\ud800" <= char <= "\udfff" for char in given)
 
 
 _READ = (EVENTS.c.item_id, EVENTS.c.time_ms, EVENTS.c.action, EVENTS.c.value)

@@ -1,0 +1,206 @@
+"""The database behind a store: a SQLite file, or a PostgreSQL server; how each is opened, and what happens when it is gone.
+
+    Database("events.db", sync="full", what="an event store")                a file in WAL mode, made when missing
+    Database("postgresql://user@host/name", ...)                             needs the extra `postgres`
+
+A connection that turns out to be dead before anything was decided is replaced and the work done again, once. A server that can not be
+reached is StoreUnavailable at once for a moment, so that requests do not wait for it one after the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url, select, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
+
+from shortlist.errors import ConfigError, DataError
+from shortlist.extras import library
+from shortlist.store.breaker import Breaker
+
+T = TypeVar("T")
+Sync = Literal["full", "normal", "off"]
+REST_S = 0.5
+"""Seconds for which a server that could not be reached is left alone."""
+TRIES = 2
+PREPARE_S = 5.0
+LOCK_SPACE = 0x53484F52
+"""First number of our advisory locks on PostgreSQL, so that they meet no other program's."""
+_SQLITE_HEAD = b"SQLite format 3\0"
+_SERVER_OPTIONS = "-c synchronous_commit=on -c statement_timeout=10000 -c lock_timeout=5000"
+_REACH = {"connect_timeout": 2, "keepalives_idle": 10, "tcp_user_timeout": 3_000, "application_name": "shortlist"}
+"""Seconds, and milliseconds, after which a server that says nothing counts as gone."""
+
+
+class StoreUnavailable(RuntimeError):
+    """The store can not be read or written now: disk full, file locked, server gone. Nothing was acknowledged."""
+
+
+class Database:
+    """One database that a store lives in; safe to use from many threads.
+
+    Args:
+        where: path of a SQLite file, or a URL, postgresql://user:password@host:port/name.
+        sync: whether a commit waits for the disk, on SQLite; PostgreSQL always waits ("full").
+        what: the store, for messages.
+
+    Raises:
+        ConfigError: a URL of another kind, or the extra `postgres` is not installed.
+        DataError: the file's folder is missing, or the file is something else.
+    """
+
+    def __init__(self, where: Path | str, *, sync: Sync, what: str) -> None:
+        place = place_of(where, what)
+        self.what = what
+        self.path = place if isinstance(place, Path) else None
+        """The SQLite file; None on PostgreSQL."""
+        if isinstance(place, Path):
+            self.name = str(place)
+            if not place.parent.is_dir():
+                wanted = what.removeprefix("an ").removeprefix("a ")
+                raise DataError(f"{place.parent} is not a folder, so no {wanted} can be made in it; create it first")
+            self.engine = sqlite_engine(place, sync=sync, what=what)
+            self._breaker = Breaker(0.0)
+        else:
+            self.name = f"postgresql://{place.host or 'localhost'}:{place.port or 5432}/{place.database or ''}"
+            self.engine = _postgres_engine(place, what)
+            self._breaker = Breaker(REST_S)
+
+    @property
+    def is_server(self) -> bool:
+        """Whether it is PostgreSQL."""
+        return self.path is None
+
+    def prepare(self, table: Table) -> None:
+        """Make the table where it is missing; DataError where that can not be, or another one has its name."""
+        deadline = time.monotonic() + PREPARE_S
+        while True:
+            try:
+                self._make(table)
+                return
+            except SQLAlchemyError as error:
+                # Two processes that make one new file at once do not wait for each other, though SQLite's connections else do.
+                met = any(word in cause(error) for word in ("locked", "already exists"))
+                if met and not self.is_server and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                self.close()
+                raise DataError(f"{self.name} can not be used as {self.what}: {cause(error)}") from error
+
+    def _make(self, table: Table) -> None:
+        with self.engine.begin() as connection:
+            if self.is_server:  # two servers that start together would both make it
+                connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, 0)"))
+            table.metadata.create_all(connection)
+        with self.engine.connect() as connection:
+            connection.execute(select(table).limit(0))
+
+    def read(self, work: Callable[[Connection], T]) -> T:
+        """The result of `work`, which changes nothing; StoreUnavailable where the database can not be used."""
+        return self._do(work, writes=False)
+
+    def write(self, work: Callable[[Connection], T]) -> T:
+        """The result of `work` once it is committed, all of it or nothing.
+
+        Raises StoreUnavailable where it is not known to be. Work whose commit went unanswered is not done again: it may be there.
+        """
+        return self._do(work, writes=True)
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        self.engine.dispose()
+
+    def _do(self, work: Callable[[Connection], T], *, writes: bool) -> T:
+        resting = self._breaker.refusal() if self.is_server else None
+        if resting is not None:
+            raise StoreUnavailable(f"{self.name} can not be used: {resting}")
+        for _ in range(TRIES):
+            committing = False
+            try:
+                with self.engine.connect() as connection:
+                    result = work(connection)
+                    if writes:
+                        committing = True
+                        connection.commit()
+            except SQLAlchemyError as error:
+                problem, is_lost = error, isinstance(error, DBAPIError) and error.connection_invalidated
+                if is_lost and not committing:
+                    continue
+                break
+            self._breaker.worked()
+            return result
+        reason = cause(problem)
+        if self.is_server and isinstance(problem, OperationalError):
+            self._breaker.failed(reason)
+        raise StoreUnavailable(f"{self.name} can not be used: {reason}") from problem
+
+
+def place_of(where: Path | str, what: str) -> Path | URL:
+    """A path as it is, a database's URL taken apart; ConfigError for a URL that no store can use. Shows no password."""
+    if isinstance(where, Path) or "://" not in where:
+        return Path(where)
+    try:
+        url = make_url(where)
+    except (ArgumentError, ValueError):
+        raise ConfigError(
+            f"the database URL of {what} can not be read; write postgresql://user:password@host:5432/name"
+        ) from None
+    kind = url.get_backend_name()
+    if kind == "sqlite" and url.database:
+        return Path(url.database)
+    if kind not in ("postgresql", "postgres"):
+        raise ConfigError(f"{what} is a SQLite file (a path) or on PostgreSQL (postgresql://...), not on {kind!r}")
+    return url.set(drivername="postgresql+psycopg")
+
+
+def sqlite_engine(path: Path, *, sync: Sync, what: str) -> Engine:
+    """A SQLite file in WAL mode whose connections wait for each other up to five seconds.
+
+    DataError, which calls the file `what`, where it holds something else: SQLite itself would write over a very short one.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(len(_SQLITE_HEAD))
+        if head and head != _SQLITE_HEAD:
+            raise DataError(f"{path} can not be used as {what}: file is not a database; choose another")
+    engine = create_engine(f"sqlite:///{path}", pool_size=8, max_overflow=56)
+
+    @event.listens_for(engine, "connect")
+    def _pragmas(connection: Any, _: Any) -> None:
+        for pragma in ("busy_timeout = 5000", "journal_mode = WAL", f"synchronous = {sync}"):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    return engine
+
+
+def cause(error: SQLAlchemyError) -> str:
+    """What the database said, in one line."""
+    return " ".join(str(getattr(error, "orig", None) or error).split())
+
+
+def _postgres_engine(url: URL, what: str) -> Engine:
+    library("psycopg", extra="postgres", user=f"{what} on PostgreSQL")
+    given = url.query.get("options", "")
+    options = " ".join([*([given] if isinstance(given, str) else given), _SERVER_OPTIONS])
+    return create_engine(
+        url,
+        pool_size=8,
+        max_overflow=8,
+        pool_timeout=5,
+        pool_pre_ping=True,
+        isolation_level="READ COMMITTED",
+        connect_args={**_REACH, "options": options},
+    )
+
+
+@contextmanager
+def available(name: Path | str) -> Iterator[None]:
+    """Turns errors of the database into StoreUnavailable with the store's name."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise StoreUnavailable(f"{name} can not be used: {cause(error)}") from error
