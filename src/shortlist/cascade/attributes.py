@@ -27,6 +27,7 @@ from shortlist.models.ranking.mmr import SetLikeness, VectorLikeness, comparable
 
 _MASKS = 32
 """Filters whose items are remembered."""
+_LARGEST = 1e300
 Mask = NDArray[np.bool_]
 
 
@@ -153,7 +154,7 @@ class Attributes:
             mine = [i for i, given in enumerate(attributes) if fitted.column in given]
             if mine:
                 raw = [attributes[i][fitted.column] for i in mine]
-                fresh._columns[name] = _replaced(self._columns[name], rows[mine], _encoded(fitted, raw))
+                fresh._columns[name] = replaced(self._columns[name], rows[mine], encoded(fitted, raw))
             else:
                 fresh._columns[name] = self._columns[name]
         return fresh
@@ -202,10 +203,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _encoded(fitted: FittedField, raw: Sequence[Any]) -> Column:
+def encoded(fitted: FittedField, raw: Sequence[Any]) -> Column:
     """Raw values of some items as the field has them; what can not be read is missing."""
     if fitted.kind == "Numeric":
-        numbers = [float(value) if _is_number(value) else None for value in raw]
+        numbers = [float(value) if _is_number(value) and abs(value) < _LARGEST else None for value in raw]
         return fitted.encode(pl.Series(fitted.column, numbers, dtype=pl.Float64))
     if fitted.kind == "Categorical":
         texts = [None if value is None or isinstance(value, list) else _text(value) for value in raw]
@@ -221,7 +222,7 @@ def _encoded(fitted: FittedField, raw: Sequence[Any]) -> Column:
     return fitted.encode(pl.Series(fitted.column, texts, dtype=pl.String))
 
 
-def _replaced(column: Column, rows: Int, fresh: Column) -> Column:
+def replaced(column: Column, rows: Int, fresh: Column) -> Column:
     """A column with the values of `fresh` [m] in the given rows [m]."""
     at = torch.from_numpy(rows)
     if isinstance(column, Tensor) and isinstance(fresh, Tensor):

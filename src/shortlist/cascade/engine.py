@@ -37,10 +37,12 @@ from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.rules import NO_RULES, Rules
 from shortlist.cascade.search import SearchConfig, find
 from shortlist.cascade.summaries import open_summaries
+from shortlist.cascade.upkeep import Upkeep
 from shortlist.data.batches import Batch
 from shortlist.data.jagged import Jagged
 from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError, ShortlistError
+from shortlist.store.catalogue import CatalogueStore
 from shortlist.store.events import Event, EventStore
 from shortlist.store.memories import Memories
 
@@ -126,6 +128,7 @@ class Engine:
     Args:
         live: the run.
         events: where events are kept; None = `record` is refused.
+        catalogue: where news of items and users are kept; None = the run stands as it is.
         request_log: where answers are logged; None = nowhere.
         config: bounds.
     """
@@ -136,10 +139,13 @@ class Engine:
         *,
         events: EventStore | None = None,
         request_log: RequestLog | None = None,
+        catalogue: CatalogueStore | None = None,
         config: EngineConfig | None = None,
     ) -> None:
         self._swapping = threading.Lock()
         self.events, self.request_log = events, request_log
+        self.upkeep = None if catalogue is None else Upkeep(catalogue)
+        """Tells the run what became of items and users since; None = nobody does."""
         self.config = config or EngineConfig()
         self._live = self._remembering(live)
         self.meter = Meter()
@@ -160,7 +166,8 @@ class Engine:
 
         Args:
             folder: as `shortlist train --out` wrote it.
-            events: SQLite file of the event store, made when missing; keep it outside the run, which is replaced as a whole.
+            events: SQLite file of events and of news of items and users, made when missing; keep it outside the run, which is replaced
+                as a whole.
             request_log: SQLite file of the request log, made when missing.
             config: bounds.
 
@@ -170,8 +177,9 @@ class Engine:
         """
         live = load_live(Path(folder))
         store = None if events is None else EventStore(Path(events))
+        catalogue = None if events is None else CatalogueStore(events)
         log = None if request_log is None else RequestLog(Path(request_log))
-        return cls(live, events=store, request_log=log, config=config)
+        return cls(live, events=store, request_log=log, catalogue=catalogue, config=config)
 
     @property
     def snapshot_version(self) -> str:
@@ -206,6 +214,8 @@ class Engine:
         live.problems = (*problems, *others)
         wanted = self.config.memory_mib or backings
         live.cascade.memories = Memories(self.config.memory_mib << 20, backings) if wanted else None
+        if self.upkeep is not None:
+            self.upkeep.apply(live)
         return live
 
     def recommend(
@@ -420,6 +430,8 @@ class Engine:
             self.request_log.close()
         if self.events is not None:
             self.events.close()
+        if self.upkeep is not None:
+            self.upkeep.store.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -478,7 +490,10 @@ class Engine:
         return done
 
     def _known(self, live: Live, asked: Asked, problems: list[str]) -> Known:
-        return find_out(live, self.events, asked, stale_days=self.config.stale_days, problems=problems)
+        if self.upkeep is not None:
+            self.upkeep.look(live, problems)
+        known = find_out(live, self.events, asked, stale_days=self.config.stale_days, problems=problems)
+        return known if self.upkeep is None else self.upkeep.known(live, known, asked.users, problems)
 
     def _page(
         self,

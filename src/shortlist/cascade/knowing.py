@@ -76,7 +76,7 @@ def find_out(live: Live, events: EventStore | None, asked: Asked, *, stale_days:
         problems.append(reason_of("the user's past could not be read", error))
         return Known(batch=None, num_history=[0] * len(asked.users), moments=[int(now)] * len(asked.users))
     if asked.sent is None and asked.at is None and all(user is not None for user in asked.users):
-        batch = replace(batch, key=tuple(str(user) for user in asked.users))
+        batch = replace(batch, key=tuple(live.key(user) for user in asked.users))
     known = requests.end - requests.start
     if newest is not None and asked.sent is None:
         offsets = live.dataset.histories.offsets

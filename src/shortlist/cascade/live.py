@@ -18,6 +18,7 @@ from shortlist.data.batches import request_batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int
 from shortlist.data.schema import FieldTable
+from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError
 from shortlist.store.text_index import TextIndex
 
@@ -35,6 +36,8 @@ class Live:
         self.attributes = Attributes(dataset)
         self.availability: Availability | None = None
         """Items that are not to be shown; None = all are. Changes while the run is served, as `attributes` and `titles` do."""
+        self.told = (0, 0)
+        """How far changes of items and users are in it; see upkeep.py."""
         self.titles: dict[int, str | None] = {}
         """By catalogue row, in place of the run's."""
         self.rules: Rules = cascade.config.rules
@@ -63,6 +66,10 @@ class Live:
             return self.titles[row]
         titles = self.dataset.titles
         return None if titles is None else titles[row] or None
+
+    def key(self, user: Id | None) -> str:
+        """Under which a user is remembered; a forgotten one who comes back has another key than before."""
+        return f"{user}\0" if self.users.is_hidden(user) else str(user)
 
     def check_rules(self, rules: Rules) -> None:
         """ConfigError for rules that the run's items can not follow."""

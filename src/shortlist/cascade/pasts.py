@@ -71,6 +71,7 @@ class Numbers:
     def __init__(self, vocabulary: Vocabulary, max_remembered: int = 200_000) -> None:
         self._vocabulary, self._max = vocabulary, max_remembered
         self._row_of: dict[Id | None, int] = {}
+        self._hidden: Callable[[Id], bool] | None = None
 
     def __call__(self, ids: Sequence[Id | None]) -> Int:
         """int64 [n], 0 where unknown; as Vocabulary.encode."""
@@ -78,11 +79,26 @@ class Numbers:
         missing = [value for value in ids if value not in row_of]
         if missing:
             found = dict(zip(missing, self._vocabulary.encode(missing).tolist()))
+            if self._hidden is not None:
+                found = {value: 0 if self.is_hidden(value) else row for value, row in found.items()}
             row_of = {**found, **{value: row_of[value] for value in ids if value in row_of}}
             if len(self._row_of) + len(found) > self._max:
                 self._row_of = {}  # a fresh one, since other threads may be reading the old
             self._row_of.update(found)
         return np.array([row_of[value] for value in ids], dtype=np.int64)
+
+    def hide(self, is_hidden: Callable[[Id], bool]) -> None:
+        """Ids for which it is true are unknown from now on."""
+        self._hidden, self._row_of = is_hidden, {}
+
+    @property
+    def hides(self) -> bool:
+        """Whether any ids may be hidden."""
+        return self._hidden is not None
+
+    def is_hidden(self, value: Id | None) -> bool:
+        """Whether the id is unknown whatever the vocabulary says."""
+        return value is not None and self._hidden is not None and self._hidden(value)
 
 
 def pasts(log: Histories, rows: Int, newer: Newer | None, *, has_clock: bool, newest: int | None = None) -> Histories:

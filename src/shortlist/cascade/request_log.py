@@ -39,7 +39,8 @@ from shortlist.cascade.meter import StageReport
 from shortlist.data.histories import Float, Int
 from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError, DataError
-from shortlist.store.events import sqlite_engine
+from shortlist.store.erasing import erase
+from shortlist.store.events import available, sqlite_engine
 
 _BATCH = 256
 _LINGER_S = 0.1
@@ -111,7 +112,7 @@ class Span:
 
     num_kept: int
     num_gone: int
-    """Older requests that had to make room."""
+    """Older requests that had to make room, and those of deleted users."""
     oldest_ms: int | None
     """Of the oldest that is left; None where there is none."""
     newest_ms: int | None
@@ -219,6 +220,15 @@ class RequestLog:
         self.flush()
         with self._engine.connect() as connection:
             return int(connection.scalar(select(func.count()).select_from(REQUESTS)) or 0)
+
+    def forget(self, user: str) -> tuple[int, bool]:
+        """Wipe a user's answers: how many there were, and whether the file was written anew; see store/erasing.py.
+
+        Raises StoreUnavailable where the file can not be written.
+        """
+        self.flush()
+        with available(self.path):
+            return erase(self._engine, self.path, [delete(REQUESTS).where(REQUESTS.c.user_id == user)])
 
     def flush(self) -> None:
         """Wait until everything that was added so far is written."""

@@ -37,6 +37,9 @@ class Backing(Protocol):
     def get(self, keys: Sequence[str]) -> list[Memory | None]:
         """Per user what is there, None where there is nothing."""
 
+    def forget(self, key: str) -> bool:
+        """Wipe what it holds of a user; whether there was anything."""
+
     def renewed(self) -> bool:
         """Whether what it holds has changed since the last call, so that what was read before is to be read again."""
 

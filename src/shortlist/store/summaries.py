@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,25 @@ class SummaryStore:
             found.append(memory)
         return found
 
+    def forget(self, key: str) -> bool:
+        """Write zeros over a user's summary, in the file that is read; whether there was one. SnapshotError where that is not possible."""
+        with self._lock:
+            if not self.head.num_users:
+                return False
+            ordered, places, records = self._arrays
+            digest = key_digests([key])[0]
+            first = np.searchsorted(ordered, digest[0])
+            same = places[first : np.searchsorted(ordered, digest[0], side="right")]
+            mine = [int(place) for place in same if records[int(place)]["check"] == digest[1]]
+            if not mine:
+                return False
+            try:
+                self.head = _wipe(self.path, self.head, mine)
+            except OSError as error:
+                raise SnapshotError(f"{self.path}: a summary can not be wiped ({error}); delete the file") from error
+            self._stamp = _stamp(self.path)
+            return True
+
     def renewed(self) -> bool:
         """Whether another file of the same version stands in the place since the last call; looks about once a second."""
         with self._lock:
@@ -249,6 +268,21 @@ class SummaryWriter:
         records = np.memmap(self._part, self.head.record, "r", HEAD_BYTES, (count,))
         same = (records["key"] == self._digest_N2[:count, 0]) & (records["check"] == self._digest_N2[:count, 1])
         return count if same.all() else int(same.argmin())
+
+
+def _wipe(path: Path, head: SummaryHead, places: Sequence[int]) -> SummaryHead:
+    """Zeros in place of records, but for the first half of the key's digest, by which the index is in order; the new head."""
+    with path.open("r+b") as file:
+        for place in places:
+            file.seek(HEAD_BYTES + place * head.record.itemsize + 8)
+            file.write(bytes(head.record.itemsize - 8))
+        file.flush()
+        head = replace(head, sha256=_body_digest(path))
+        file.seek(0)
+        file.write(_head_bytes(head))
+        file.flush()
+        os.fsync(file.fileno())
+    return head
 
 
 def read_head(path: Path) -> SummaryHead:
