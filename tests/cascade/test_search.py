@@ -13,7 +13,8 @@ from shortlist.cascade.engine import Engine, EngineConfig
 from shortlist.cascade.live import Live
 from shortlist.cascade.questions import Question
 from shortlist.cascade.request_log import RequestLog
-from shortlist.cascade.rules import Rules
+from shortlist.cascade.rules import Pin, Rules
+from shortlist.cascade.ruling import Availability
 from shortlist.cascade.search import SearchConfig, item_texts, prepare, search_path
 from shortlist.data.dataset import build_dataset
 from shortlist.data.log import read
@@ -165,6 +166,21 @@ def test_what_was_seen_is_found_unless_it_is_to_be_dropped(make, live):
     dropped = engine.search("user-3", "mug cup lamp book", 43, rules=Rules(seen="drop"))
     assert set(ids(dropped)) == kept - seen
     assert dropped.removed["seen"] == len(seen)
+
+
+def test_items_that_are_gone_are_not_found():
+    live = named_live()
+    gone = live.items(things(0)[:4])
+    available = torch.ones(live.dataset.num_items + 1, dtype=torch.bool)
+    available[torch.from_numpy(gone)] = False
+    live.availability = Availability(available=available, num_gone=4)
+    assert sorted(ids(Engine(live).search(None, "mug", 43))) == things(0)[4:]
+
+
+def test_rules_that_lay_out_the_page_act_on_what_was_found(make):
+    pinned = make().search("user-3", "mug", 4, rules=Rules(pins=(Pin(item=things(0)[5], position=2),)))
+    assert ids(pinned)[1] == things(0)[5]
+    assert set(ids(pinned)) <= set(things(0))
 
 
 def test_a_search_among_candidates(make):

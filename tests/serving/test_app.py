@@ -436,6 +436,7 @@ def test_the_api_description_lists_every_route(reader):
     assert set(description["paths"]) == {
         "/v1/recommend/{user}",
         "/v1/recommend",
+        "/v1/search",
         "/v1/events",
         "/v1/health/live",
         "/v1/health/ready",

@@ -23,6 +23,7 @@ COMMANDS = {
     "search": "Print what a query finds, or make the text index of a run.",
     "calibrate": "Find what each chain of a run costs and brings, and make its allocator.",
     "refresh": "Summarise every user's whole history for serving.",
+    "publish": "Publish a run to a place that servers follow, or go back in it.",
     "serve": "Serve a trained run over HTTP.",
     "keys": "Make, list or revoke the API keys of a server.",
     "explain": "Say why a person gets each item of their page.",

@@ -11,7 +11,10 @@ from shortlist.cli._options import Threads
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Folder that `shortlist train --out` wrote.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Folder of a run, or a place of `shortlist publish`, whose current run is followed."),
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.")] = 8000,
     events: Annotated[
@@ -61,6 +64,16 @@ def command(
     burst: Annotated[
         int | None, typer.Option(help="Requests that one caller may send at once; default: those of two seconds.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes that share the port, the events and the snapshot.")
+    ] = 1,
+    shadow: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Another run that answers a share of the traffic unseen.")
+    ] = None,
+    shadow_share: Annotated[float, typer.Option(help="Share of the requests that the shadow run answers too.")] = 0.1,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="Offer /v1/admin: see and change the snapshot that is served.")
+    ] = False,
     log_requests: Annotated[
         bool, typer.Option("--log-requests", help="Log a JSON line per request, without personal data.")
     ] = False,
@@ -71,6 +84,7 @@ def command(
     Example: shortlist serve RUN --port 8000
     """
     from shortlist.serving.settings import ServerConfig, bind, bind_admin
+    from shortlist.serving.workers import Opening, serve, serve_many
 
     config = ServerConfig(
         host=host,
@@ -81,33 +95,31 @@ def command(
         cors=tuple(cors or ()),
         rate_per_s=rate,
         burst=burst,
+        admin=admin,
         log_requests=log_requests,
         num_workers=at_once,
         max_batch=max_batch,
         time_limit_ms=time_limit_ms,
     )
     folder = run.absolute()
-    with (
-        bind(config) as listener,
-        bind_admin(config) as admin,
-    ):  # first, since a taken port should not cost the time that loading takes
-        from shortlist.cascade.allocation.base import Budget
-        from shortlist.cascade.engine import Engine, EngineConfig
-        from shortlist.cascade.governor import GovernorConfig
-        from shortlist.serving import server
-
-        governor = GovernorConfig(
-            allocate=allocate,
-            budget=Budget(ms=budget_ms, mflop=budget_mflop),
-            capacity=Budget(ms=capacity_ms),
-            target_ms=target_ms,
-        )
+    opening = Opening(
+        folder=folder,
         # Beside the run and not in it: a run is replaced as a whole when it is trained again.
-        engine = Engine.load(
-            folder,
-            events=events or folder.with_name(f"{folder.name}.events.db"),
-            request_log=request_log or folder.with_name(f"{folder.name}.requests.db"),
-            config=EngineConfig(deadline_ms=deadline_ms, governor=governor),
-        )
-        with engine:
-            server.run(engine, listener, config, say=typer.echo, admin=admin)
+        events=events or folder.with_name(f"{folder.name}.events.db"),
+        request_log=request_log or folder.with_name(f"{folder.name}.requests.db"),
+        config=config,
+        deadline_ms=deadline_ms,
+        allocate=allocate,
+        budget_ms=budget_ms,
+        budget_mflop=budget_mflop,
+        capacity_ms=capacity_ms,
+        target_ms=target_ms,
+        shadow=shadow,
+        shadow_share=shadow_share,
+    )
+    # The ports first, since a taken one should not cost the time that loading takes.
+    with bind(config) as listener, bind_admin(config) as inner:
+        if workers == 1:
+            serve(opening, listener, inner, typer.echo)
+        else:
+            serve_many(opening, listener, inner, workers, typer.echo)

@@ -3,6 +3,7 @@
     GET  /v1/recommend/{user}?k=10     POST /v1/recommend     POST /v1/events
     GET  /v1/search?q=red+mug          POST /v1/search
     POST /v1/items  DELETE /v1/items/{item}      POST /v1/users  DELETE /v1/users/{user}
+    GET  /v1/admin/snapshots, shadow   POST /v1/admin/publish, rollback                       (where the settings allow it)
     GET  /v1/health/live               GET  /v1/health/ready  GET  /metrics     GET /docs
 
 Requests for pages are answered in batches by a few workers (batching.py); other routes are plain functions, so they run in a pool of
@@ -26,17 +27,25 @@ from shortlist.cascade.engine import Engine
 from shortlist.serving.batching import Batcher
 from shortlist.serving.gate import Gate, add_error_handlers
 from shortlist.serving.metrics import Metrics
-from shortlist.serving.routes import entities, events, recommend, search, state
+from shortlist.serving.routes import admin, entities, events, recommend, search, state
 from shortlist.serving.routes.common import Server
 from shortlist.serving.settings import ServerConfig
 
+from shortlist.serving.shadow import Shadow, ShadowNumbers
+from shortlist.serving.watching import Watcher, WatcherNumbers
 
-def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
-    """The application for `engine`, which stays the caller's to close."""
+def create_app(
+    engine: Engine, config: ServerConfig | None = None, *, watcher: Watcher | None = None, shadow: Shadow | None = None
+) -> FastAPI:
+    """The application for `engine`, which stays the caller's to close, and so do the watcher of its place and the shadow beside it."""
     config = config or ServerConfig()
     batcher = Batcher(lambda questions, left_ms: engine.answer(questions, deadline_ms=left_ms), config)
     metrics = Metrics(engine, batcher)
 
+    if watcher is not None:
+        metrics.registry.register(WatcherNumbers(watcher))
+    if shadow is not None:
+        metrics.registry.register(ShadowNumbers(shadow))
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = config.num_threads
@@ -60,7 +69,7 @@ def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
             expose_headers=["retry-after", "x-request-id"],
         )
     add_error_handlers(app)
-    server = Server(engine=engine, batcher=batcher, metrics=metrics, config=config)
-    for routes in (recommend, search, events, entities, state):
+    server = Server(engine=engine, batcher=batcher, metrics=metrics, config=config, watcher=watcher, shadow=shadow)
+    for routes in (recommend, search, events, entities, state, admin):
         routes.add(app, server)
     return app

@@ -43,7 +43,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         began = time.perf_counter()
-        status = 500
+        status = 0
         call = Call(request_id_of(scope["headers"]))
         before = CALL.set(call)
         own = [(b"x-request-id", call.request_id.encode())]
@@ -63,10 +63,17 @@ class Gate:
                 await refusal(scope, receive, send_and_note)
             else:
                 await self._limited(scope, receive, send_and_note)
+        except Exception as error:
+            LOG.exception("a request failed", exc_info=error)
+            if status:  # the answer has begun: the connection can only be cut
+                raise
+            fault = problem(500, f"this is a fault of the server, not of the request ({type(error).__name__})")
+            await fault(scope, receive, send_and_note)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             method = scope["method"] if scope["method"] in METHODS else "other"
             seconds = time.perf_counter() - began
+            status = status or 499  # the client went away before there was an answer
             self.metrics.answered(route, method, status, seconds)
             log_request(method=method, route=route, status=status, seconds=seconds)
             CALL.reset(before)
@@ -141,11 +148,6 @@ def add_error_handlers(app: FastAPI) -> None:
         answer = problem(503, str(error))
         answer.headers["retry-after"] = "1"
         return answer
-
-    @app.exception_handler(Exception)
-    async def _bug(_: Request, error: Exception) -> Response:
-        LOG.exception("a request failed", exc_info=error)
-        return problem(500, f"this is a fault of the server, not of the request ({type(error).__name__})")
 
 
 def validation_sentence(error: dict[str, Any]) -> str:

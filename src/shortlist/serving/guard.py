@@ -13,9 +13,10 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import anyio.to_thread
-from fastapi import Response
+from fastapi import FastAPI, Response
 from starlette.types import Scope
 
 from shortlist.serving.keys import Key, Keyring, Role
@@ -120,6 +121,22 @@ class Guard:
         if call is not None:
             call.key = key.id
         return key
+
+
+def describe_keys(app: FastAPI) -> None:
+    """Say in the API's description how a key is sent, so that /docs offers to."""
+    plain = app.openapi
+
+    def with_keys() -> dict[str, Any]:
+        description = plain()
+        description.setdefault("components", {})["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
+        description["security"] = [{"bearer": []}, {"header": []}]
+        return description
+
+    object.__setattr__(app, "openapi", with_keys)
 
 
 def _shown(scope: Scope) -> str | None:

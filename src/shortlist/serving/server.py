@@ -15,6 +15,8 @@ from shortlist.errors import ConfigError
 from shortlist.serving import logs
 from shortlist.serving.app import create_app
 from shortlist.serving.settings import ServerConfig, with_ports
+from shortlist.serving.shadow import Shadow
+from shortlist.serving.watching import Watcher
 
 
 def run(
@@ -23,6 +25,8 @@ def run(
     config: ServerConfig,
     say: Callable[[str], None],
     admin: socket.socket | None = None,
+    watcher: Watcher | None = None,
+    shadow: Shadow | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish the requests under way. The engine stays the caller's to close.
 
@@ -32,6 +36,7 @@ def run(
         config: as given to it.
         say: gets one line when requests are taken, with the address.
         admin: from `settings.bind_admin`; answers /metrics and /v1/admin in place of `listener`.
+        watcher, shadow: the caller's to close; see `create_app`.
     """
     # Requests run side by side; a pool of torch threads inside each would only fight over the same cores.
     torch.set_num_threads(1)
@@ -41,7 +46,7 @@ def run(
     address, inner = _address(listener), "" if admin is None else f"; metrics and admin at {_address(admin)}"
     handler = logs.install(requests=config.log_requests)
     settings = uvicorn.Config(
-        create_app(engine, config),
+        create_app(engine, config, watcher=watcher, shadow=shadow),
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -61,6 +61,8 @@ class ServerConfig:
     """Other requests, such as those that bring events, worked on at once."""
     grace_s: int = 10
     """Seconds that requests under way get to finish when the server is told to stop."""
+    admin: bool = False
+    """Whether /v1/admin is there: whoever reaches it, with an admin's key where there are keys, may change what is served."""
     log_requests: bool = False
     """Log a line per request, without personal data; warnings and errors are logged anyway."""
 

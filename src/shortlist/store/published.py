@@ -283,7 +283,7 @@ def _literal(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _link(source: str, target: str) -> None:
+def _link(source: str | Path, target: str | Path) -> None:
     """The same file under another name; a copy where the file system allows no such names."""
     try:
         os.link(source, target)

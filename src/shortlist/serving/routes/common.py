@@ -17,6 +17,8 @@ from shortlist.serving.logs import CALL
 from shortlist.serving.metrics import Metrics
 from shortlist.serving.schemas import Problem
 from shortlist.serving.settings import ServerConfig
+from shortlist.serving.shadow import Shadow
+from shortlist.serving.watching import Watcher
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "The body is not JSON."},
@@ -37,6 +39,10 @@ class Server:
     batcher: Batcher
     metrics: Metrics
     config: ServerConfig
+    watcher: Watcher | None = None
+    """Follows a place of published runs; None = a single run is served."""
+    shadow: Shadow | None = None
+    """Another run that answers a share of the traffic unseen."""
 
     async def ask(self, question: Question) -> Answer:
         """The answer to a question, put together with others that wait; Overloaded where too many do.
@@ -53,6 +59,8 @@ class Server:
             raise
         self.engine.answered((time.perf_counter() - began) * 1e3, failed=made.chain == LAST_RESORT)
         self.metrics.page(made)
+        if self.shadow is not None:
+            self.shadow.offer(question, made)
         call = CALL.get()
         if call is not None:
             call.page = made.request_id
