@@ -45,11 +45,11 @@ QUICK = (
 EXAMPLE = Path(__file__).parent.parent / "examples" / "budget.toml"
 
 PROTOCOL = (
-    "One cascade per seed with 27 chains (three searches, three pre-ranking counts, three rankers), trained as usual; 30 % of the log are for "
-    "calibration. Chains are timed on this machine and replayed on the validation window; allocators learn on its first part and are aimed "
-    "on later requests of other people; the test window is replayed once. Five budgets from 10 to 90 % of the way from the cheapest chain to "
-    "the dearest that is worth keeping. `gain` is worth minus that of the best random mixture of fixed chains at the cost the arm really "
-    "had, request by request, intervals over people. No exploration, no floor."
+    "One cascade per seed with 27 chains (three searches, three pre-ranking counts, three rankers), trained as usual; 30 % of the log are "
+    "for calibration. Chains are timed on this machine and replayed on the validation window; allocators learn on its first part and are "
+    "aimed on later requests of other people; the test window is replayed once. Five budgets from 10 to 90 % of the way from the cheapest "
+    "chain to the dearest that is worth keeping. `gain` is worth minus that of the best random mixture of fixed chains at the cost the arm "
+    "really had, request by request, intervals over people. No exploration, no floor."
 )
 
 

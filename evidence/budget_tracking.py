@@ -30,7 +30,8 @@ CLAIM = Claim(
     "in all arms. Poisson arrivals, 10 a second at 1x, in batches of 16; windows of 60 s; a budget of 60 % of the dearest chain for all at "
     "1x. Steps: 3x at once for 50 of 150 windows. Wave: 1x to 3x and back in two hours, twice. The second group's share goes from 0.1 to "
     "0.6 within ten windows late in each trace; measured costs are 15 % above calibration at 3x. All settings are defaults, "
-    "chosen after quick runs with seeds 0 and 7; judged here with seeds 1 to 3. Hindsight prices every window on its own requests.",
+    "chosen after quick runs with seeds 0 and 7; a full run with seeds 1 to 3 overspent by 2.4 %, after which the margin was halved; "
+    "judged here with seeds 4 to 6. Hindsight prices every window on its own requests.",
     bar="With either forecast and on both traces: at most 2 % above budget in any 10 windows in a row, and at least 93 % of the budget "
     "used, in every seed, where yesterday's price overspends by more than 20 %.",
     published={"MaRCA, utilisation": {"predictive": 95.29, "feedback": 92.33}, "MaRCA, overshoot": {"predictive": 0.64, "feedback": 2.91}},
@@ -91,7 +92,7 @@ class Day:
 
 def run(lab: Lab) -> None:
     if not lab.quick:
-        lab.seeds = (1, 2, 3)  # settings were chosen after runs with seed 0
+        lab.seeds = (4, 5, 6)  # settings were chosen after runs with seeds 0 to 3
     for seed in lab.seeds:
         rng = np.random.default_rng(seed)
         crowd = Crowd.drawn(rng)

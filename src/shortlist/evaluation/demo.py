@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from shortlist.cascade.allocation.calibration import allocation_path, save_allocation
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.run import Run, load_run
@@ -17,12 +18,16 @@ from shortlist.data.check import check
 from shortlist.data.dataset import build_dataset
 from shortlist.data.datasets import load
 from shortlist.data.datasets.builtin import ATTRIBUTION
+from shortlist.evaluation.budget import judge_budgets, write_budget
 from shortlist.evaluation.report import NUMBERS, Example, judge, write_report
 from shortlist.evaluation.runs import beside_baselines, cost_rows, is_run, shown_metrics
 from shortlist.evaluation.tables import aligned, comparison_text, losses_text, slices_text
 from shortlist.evaluation.trees import TREES, beside, has_trees, missing_rows, train_trees
 
 CONFIG = "demo.toml"
+BUDGET_ARMS = ("fixed", "mixture", "greenflow", "oracle")
+BUDGET_REQUESTS = 1_000
+"""Test requests that every chain answers."""
 
 __all__ = ["beside_baselines", "demo_config", "run_demo"]
 
@@ -88,12 +93,25 @@ def run_demo(
         say(text)
         say()
     valid = judge(run, "valid", max_requests=run.config.learning.valid_requests)
+    if (bought := _budget(run)) is not None:
+        sentence, drawn = bought
+        say(f"{sentence} Quality against cost is drawn in {drawn}.")
+        say()
     seconds = time.perf_counter() - began
     page = write_report(run, [valid, test], health=health, command=command, seconds=seconds)
     say(f"{seconds:.0f} s in all. The run is in {out}, the report in {page}.")
     say(f"Next: shortlist recommend {out} --user 17850    shortlist serve {out}")
     result: dict[str, Any] = json.loads((page.parent / NUMBERS).read_text())
     return result
+
+
+def _budget(run: Run) -> tuple[str, Path] | None:
+    """Calibrate the run's chains for serving, and say what a budget saves; None where its settings leave one chain alone."""
+    if len(list(run.config.chains())) < 2:
+        return None
+    report = judge_budgets(run, window="test", arms=BUDGET_ARMS, max_requests=BUDGET_REQUESTS)
+    save_allocation(allocation_path(run.folder), report.calibration)
+    return report.sentence, write_budget(run, report)
 
 
 def _rivals(run: Run, shared: Shared, fresh: bool, progress: bool) -> dict[str, Run]:

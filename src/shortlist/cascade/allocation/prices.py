@@ -55,7 +55,7 @@ class PriceConfig:
     """Weight of the last window in what chains really cost against their calibration."""
     credit: float = 0.05
     """What windows leave may be spent later, up to so many windows' budgets."""
-    margin: float = 0.1
+    margin: float = 0.05
     """A window stops (every request gets the cheapest chain) before it spends so many of its budgets above its allowance."""
     num_windows: int = 10
     """H: so many windows in a row spend at most (credit + margin) / H more than their budgets."""
