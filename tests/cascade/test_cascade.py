@@ -1,3 +1,4 @@
+import threading
 import time
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import torch
 
 from shortlist.cascade.candidates import standardise
 from shortlist.cascade.meter import Meter
+from shortlist.cascade.watch import MOST_LEFT, LeftBehind, Watch
 from shortlist.data.jagged import Jagged
 from shortlist.data.pairs import PAIR_FIELDS, pair_fields
 from shortlist.errors import ConfigError, DataError
@@ -437,3 +439,23 @@ def test_a_cascade_needs_all_its_systems(cascade):
     systems = {name: s for name, s in cascade.systems.items() if name != "tiny-graph"}
     with pytest.raises(ConfigError, match="lacks system 'tiny-graph'"):
         type(cascade)(cascade.config, cascade.space, systems)
+
+
+def test_late_calls_that_still_run_are_counted_and_bound():
+    gate, started = threading.Event(), []
+    left = LeftBehind()
+
+    def hang():
+        started.append(1)
+        gate.wait(10)
+
+    for number in range(MOST_LEFT + 3):
+        watch = Watch(deadline=time.perf_counter() + 0.005, left=left)
+        assert watch.attempt("it", hang) is None
+        wanted = "was late" if number < MOST_LEFT else f"{MOST_LEFT} late calls of it still run"
+        assert wanted in watch.problems[0].reason
+    assert len(started) == MOST_LEFT
+    assert Watch(deadline=time.perf_counter() + 5, left=left).attempt("another", lambda: 7) == 7
+    gate.set()
+    time.sleep(0.05)
+    assert Watch(deadline=time.perf_counter() + 5, left=left).attempt("it", lambda: 8) == 8

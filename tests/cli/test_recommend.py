@@ -2,6 +2,7 @@
 
 import json
 
+import polars as pl
 import pytest
 import torch
 
@@ -75,3 +76,67 @@ def test_bad_input_is_one_sentence(run, capsys):
     code, _, err = output(capsys, run, "--user", "u", "--k", 0)
     assert code == 2
     assert err == "shortlist: k must be from 1 to 500, got 0\n"
+
+
+# -- pages of many ---------------------------------------------------------------------------------------------------
+
+
+def test_pages_of_many_are_those_of_each(run, capsys, tmp_path):
+    (tmp_path / "users.txt").write_text("user-3\nnobody\nuser-9\n")
+    out = tmp_path / "pages.parquet"
+    code, told, _ = output(capsys, run, "--users", tmp_path / "users.txt", "--out", out, "--k", 4)
+    assert code == 0
+    assert "12 places on the pages of 3 users" in told
+    assert "1 users are unknown" in told
+    pages = pl.read_parquet(out)
+    assert pages.columns == ["user_id", "rank", "item_id", "title", "score"]
+    for user in ("user-3", "nobody", "user-9"):
+        _, alone, _ = output(capsys, run, "--user", user, "--k", 4, "--json")
+        mine = pages.filter(pl.col("user_id") == user).sort("rank")
+        assert mine["item_id"].to_list() == [item["item_id"] for item in json.loads(alone)["items"]]
+        assert mine["title"][0] == f"Item number {mine['item_id'][0] - 100}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pages.parquet", "users.txt"]
+
+
+def test_rules_of_a_file_hold_for_one_and_for_many(run, capsys, tmp_path):
+    toml = tmp_path / "rules.toml"
+    toml.write_text(
+        'deny = ["115"]\npins = [{ item = "142", position = 1 }]\nquotas = [{ field = "shelf", most = 1 }]\n'
+    )
+    (tmp_path / "rules.json").write_text(json.dumps({"filters": [{"field": "shelf", "equals": "shelf-2"}]}))
+    _, out, _ = output(capsys, run, "--user", "user-3", "--rules", toml, "--json")
+    page = json.loads(out)
+    assert page["items"][0]["item_id"] == 142
+    assert len(page["items"]) == 4  # one of each shelf
+    assert page["removed"]["deny"] == 1
+    pl.DataFrame({"user_id": ["user-1", "user-2"]}).write_csv(tmp_path / "users.csv")
+    many = tmp_path / "p.parquet"
+    code, told, _ = output(
+        capsys, run, "--users", tmp_path / "users.csv", "--out", many, "--rules", tmp_path / "rules.json", "--json"
+    )
+    assert code == 0
+    assert json.loads(told)["num_rows"] == 12
+    assert {(item - 100) % 4 for item in pl.read_parquet(many)["item_id"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--users", "users.txt"], "go together"),
+        (["--out", "p.parquet"], "go together"),
+        (["--users", "users.txt", "--out", "p.parquet", "--user", "u"], "no effect"),
+        (["--users", "users.txt", "--out", "nowhere/p.parquet"], "can not be written"),
+        (["--users", "missing.txt", "--out", "p.parquet"], "not readable"),
+        (["--users", "users.txt", "--out", "p.parquet", "--rules", "wrong.toml"], "no setting 'denny'"),
+        (["--rules", "missing.toml"], "can not be read as rules"),
+    ],
+    ids=str,
+)
+def test_wrong_wishes_write_nothing(run, capsys, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "users.txt").write_text("user-3\n")
+    (tmp_path / "wrong.toml").write_text('denny = ["1"]\n')
+    code, _, err = output(capsys, run, *arguments)
+    assert code == 2
+    assert sentence in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["users.txt", "wrong.toml"]

@@ -179,3 +179,11 @@ def test_closing_answers_what_waits(batcher_of):
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):
         ServerConfig(**setting)
+
+
+def test_slow_times_behind_refuse_nobody_when_nobody_waits(batcher_of):
+    """Else a server that hung for a while would refuse everything for good, since what it refuses never shows that it is well again."""
+    batcher = batcher_of(Answers(), time_limit_ms=100.0)
+    batcher._batch_s = 60.0
+    assert ask_all(batcher, ["next"]) == ["next"]
+    assert batcher._batch_s < 60.0

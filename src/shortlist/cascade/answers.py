@@ -194,6 +194,7 @@ def logged(page: Page, answer: Answer, place: int, asked: Asked, number: int, su
         ],
         reports=answer.stages,
         removed=answer.removed,
+        arranged=answer.arranged,
         degraded=answer.degraded,
         propensity=answer.allotted.propensity,
         reason=answer.allotted.reason,

@@ -34,7 +34,7 @@ from shortlist.cascade.candidates import (
 )
 from shortlist.cascade.config import Action, Chain, RunConfig
 from shortlist.cascade.meter import StageReport
-from shortlist.cascade.watch import Problem, Watch
+from shortlist.cascade.watch import LeftBehind, Problem, Watch
 from shortlist.data.batches import Batch
 from shortlist.data.jagged import Jagged
 from shortlist.data.pairs import PAIR_FIELDS, pair_fields
@@ -195,6 +195,7 @@ class Cascade:
         self.device, self.indexes = torch.device(device), dict(indexes or {})
         rows = torch.arange(1, space.num_items + 1) if popular is None else popular
         self.popular = rows.to(self.device)
+        self._left = LeftBehind()
         self.memories: Memories | None = None
         """Where systems remember the users that batches name; None = nowhere. An engine sets it."""
         for system in self.systems.values():
@@ -234,7 +235,7 @@ class Cascade:
         traces = []
         for number, action in enumerate(chosen.actions):
             funnel.wants_pairs = number < last_reader
-            watch = Watch(deadline=deadline)
+            watch = Watch(deadline=deadline, left=self._left)
             traces.append(self._stage(funnel, number, action, max(action.keep or k, k), watch, given=candidates))
         rows, scores = self._page(funnel, traces, k, may_search=candidates is None)
         return Page(rows=rows, scores=scores, traces=tuple(traces), chain=chosen.name)

@@ -36,9 +36,10 @@ from shortlist.cascade.questions import Asked, Question, check, page_size, toget
 from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.rules import NO_RULES, Rules
 from shortlist.cascade.search import SearchConfig, find
+from shortlist.cascade.similar import Similar, similar
 from shortlist.cascade.summaries import open_summaries
+from shortlist.cascade.traced import Traced as Traced
 from shortlist.cascade.upkeep import Upkeep
-from shortlist.data.batches import Batch
 from shortlist.data.jagged import Jagged
 from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError, ShortlistError
@@ -107,21 +108,6 @@ class Seen:
     action: str | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Traced:
-    """One question, what was known of it, and how its page came about."""
-
-    live: Live
-    user: Id | None
-    batch: Batch | None
-    """The request as the cascade got it, on the CPU; None where not even the user's past could be read."""
-    page: Page
-    num_history: int
-    """Events known; the batch holds the newest of them."""
-    problems: tuple[str, ...]
-    """What went wrong outside the stages."""
-
-
 class Engine:
     """Answers requests over one run; safe to use from many threads.
 
@@ -142,7 +128,7 @@ class Engine:
         catalogue: CatalogueStore | None = None,
         config: EngineConfig | None = None,
     ) -> None:
-        self._swapping = threading.Lock()
+        self.swapping = threading.Lock()  # held while the run, or what it may spend, changes
         self.events, self.request_log = events, request_log
         self.upkeep = None if catalogue is None else Upkeep(catalogue)
         """Tells the run what became of items and users since; None = nobody does."""
@@ -196,7 +182,7 @@ class Engine:
 
         Raises SnapshotError, and changes nothing, when `folder` is no run or is damaged.
         """
-        with self._swapping:
+        with self.swapping:
             live = self._remembering(load_live(Path(folder)))
             self._live = live
         return live.version
@@ -351,8 +337,12 @@ class Engine:
         history: Sequence[Id | tuple[Id, float] | PastEvent] | None = None,
     ) -> Traced:
         """The page that `recommend` gives to the same question, with what every stage did. Not logged, not metered."""
+        return self.trace(Question(user=user, k=k, history=history))
+
+    def trace(self, question: Question) -> Traced:
+        """The same for any question but a search."""
         live = self._live
-        asked = self._check(live, Question(user=user, k=k, history=history))
+        asked = self._check(live, question)
         problems = list(live.problems)
         known = self._known(live, asked, problems)
         chain = _decide(live, asked, known, problems).chains[0]
@@ -361,12 +351,18 @@ class Engine:
         page, _ = laid_out(live, asked, known, ruling, page, problems)
         return Traced(
             live=live,
-            user=user,
+            user=question.user,
             batch=known.batch,
             page=page,
             num_history=known.num_history[0],
             problems=tuple(problems),
         )
+
+    def similar(self, item: Id, k: int | None = None, *, rules: Rules | None = None) -> Similar:
+        """Items like an item, most alike first; none where it is unknown. See cascade/similar.py for what is compared."""
+        if self.upkeep is not None:
+            self.upkeep.look(self._live, [])
+        return similar(self._live, item, k, rules, self.config)
 
     def recommend_many(
         self, users: Sequence[Id | None], k: int | None = None, *, rules: Rules | None = None

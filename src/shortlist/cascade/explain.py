@@ -22,8 +22,8 @@ from torch.nn.functional import normalize
 
 from shortlist.cascade.acting import score
 from shortlist.cascade.cascade import StageTrace
-from shortlist.cascade.engine import Traced
 from shortlist.cascade.live import Live
+from shortlist.cascade.traced import Traced
 from shortlist.data.batches import Batch
 from shortlist.data.jagged import Jagged
 from shortlist.data.pairs import PAIR_FIELDS, pair_fields
@@ -249,7 +249,7 @@ def _own(batch: Batch | None, rows: list[int], *, has_clock: bool) -> list[OwnPa
 def _near(traced: Traced, batch: Batch, rows: list[int], count: int) -> tuple[str | None, list[tuple[Near, ...]]]:
     """The measure, and for every item of the page the past events nearest to it."""
     live = traced.live
-    events_P = _newest_events(batch)
+    events_P = newest_events(batch)
     past_P, rows_k = batch.history.items.values[events_P], torch.tensor(rows)
     measure, strength_kP = _strengths(traced, batch, events_P, rows_k)
     if strength_kP is None:
@@ -268,7 +268,7 @@ def _near(traced: Traced, batch: Batch, rows: list[int], count: int) -> tuple[st
     return measure, near
 
 
-def _newest_events(batch: Batch) -> Tensor:
+def newest_events(batch: Batch) -> Tensor:
     """int64 [P]: the newest event of every distinct item of the only request, newest first, at most MAX_PAST."""
     newest_first = batch.history.items.values.flip(0)
     distinct, which = newest_first.unique(return_inverse=True)

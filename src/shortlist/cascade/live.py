@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from shortlist.cascade.attributes import Attributes
 from shortlist.cascade.cascade import Cascade
 from shortlist.cascade.governor import Governor
@@ -36,6 +38,8 @@ class Live:
         self.attributes = Attributes(dataset)
         self.availability: Availability | None = None
         """Items that are not to be shown; None = all are. Changes while the run is served, as `attributes` and `titles` do."""
+        self.lengths: dict[str, Tensor] = {}
+        """Lengths of item vectors float32 [n + 1] by system; see similar.py."""
         self.told = (0, 0)
         """How far changes of items and users are in it; see upkeep.py."""
         self.titles: dict[int, str | None] = {}

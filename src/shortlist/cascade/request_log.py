@@ -91,6 +91,7 @@ class LoggedRequest:
     stages: Sequence[LoggedStage]
     reports: Sequence[StageReport]
     removed: Mapping[str, int] = field(default_factory=dict)
+    arranged: Mapping[str, int] = field(default_factory=dict)
     degraded: str | None = None
     propensity: float = 1.0
     """Chance with which this page was chosen; 1 where nothing is drawn."""
@@ -310,6 +311,7 @@ def _row(request: LoggedRequest, ids_of: Callable[[Int], list[Id | None]]) -> di
         ],
         "reports": [asdict(report) for report in request.reports],
         "removed": dict(request.removed),
+        "arranged": dict(request.arranged),
         "reason": request.reason,
         "moment": request.moment,
         "num_history": request.num_history,

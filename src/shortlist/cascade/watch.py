@@ -14,6 +14,8 @@ from torch import Tensor
 from shortlist.errors import DataError
 
 T = TypeVar("T")
+MOST_LEFT = 8
+"""Late calls of one thing that may still run: beyond that it is not started again until one of them has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,27 @@ class Problem:
         return self.requests is None or bool(self.requests[request])
 
 
+class LeftBehind:
+    """Calls that were late, were left behind and still run, so that what hangs for good does not fill memory with threads."""
+
+    def __init__(self) -> None:
+        self._threads: dict[str, list[threading.Thread]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, what: str, thread: threading.Thread) -> None:
+        """One more."""
+        with self._lock:
+            self._threads.setdefault(what, []).append(thread)
+
+    def count(self, what: str) -> int:
+        """Those that still run."""
+        if what not in self._threads:
+            return 0
+        with self._lock:
+            self._threads[what] = [thread for thread in self._threads[what] if thread.is_alive()]
+            return len(self._threads[what])
+
+
 @dataclass(slots=True)
 class Watch:
     """Looks over one stage: runs its work, and keeps what it cost and what went wrong."""
@@ -40,6 +63,8 @@ class Watch:
     flops: float = 0.0
     """Per request."""
     problems: list[Problem] = field(default_factory=list)
+    left: LeftBehind = field(default_factory=LeftBehind)
+    """Shared by all stages of a cascade."""
 
     def attempt(self, what: str, work: Callable[[], T]) -> T | None:
         """The result of `work`; None, with a problem noted, when it failed or the deadline passed first.
@@ -59,11 +84,16 @@ class Watch:
         if left <= 0:
             self.problems.append(Problem(f"{what} was not started: no time left before the deadline"))
             return None
+        still = self.left.count(what)
+        if still >= MOST_LEFT:
+            self.problems.append(Problem(f"{what} was not started: {still} late calls of it still run"))
+            return None
         box: _Box[T] = _Box()
         thread = threading.Thread(target=box.fill, args=(work,), daemon=True, name=f"cascade-{what}")
         thread.start()
         thread.join(left)
         if not box.done:
+            self.left.add(what, thread)
             self.problems.append(
                 Problem(f"{what} was late: not ready {left * 1e3:.0f} ms after its start, at the deadline")
             )

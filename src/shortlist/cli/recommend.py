@@ -1,4 +1,4 @@
-"""`shortlist recommend`: the page one user sees."""
+"""`shortlist recommend`: the page one user sees, or those of many in a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortlist.cli._options import open_engine
+from shortlist.cli._options import Quiet, open_engine
+from shortlist.cli._rules import RulesFile, read_rules
 
 if TYPE_CHECKING:
     from shortlist.cascade.answers import Answer
@@ -28,17 +29,34 @@ def command(
     events: Annotated[
         Path | None, typer.Option(help="Event store of the server; default: RUN.events.db where there is one.")
     ] = None,
+    rules: RulesFile = None,
+    users: Annotated[
+        Path | None,
+        typer.Option(
+            help="People whose pages go to --out: Parquet or CSV with a column user_id, or text with one id a line."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Parquet file for the pages of --users.")] = None,
+    quiet: Quiet = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Print the page one user sees, with scores per stage, and what the user did last.
+    """Print the page one user sees, with scores per stage, and what the user did last; or write the pages of many.
 
     Example: shortlist recommend RUN --user 12748 --k 10
     """
     from shortlist.cascade.engine import Seen
+    from shortlist.errors import ConfigError
 
+    if (users is None) != (out is None):
+        raise ConfigError("--users and --out go together: whose pages, and the Parquet file to write them to")
+    if users is not None and out is not None:
+        if user is not None or history is not None:
+            raise ConfigError("--user and --history have no effect on the pages of --users; leave them out")
+        _write(run, events, users, out, k, rules, quiet=quiet, json_=json_)
+        return
     sent = None if history is None else [item.strip() for item in history.split(",") if item.strip()]
     with open_engine(run, events) as engine:
-        answer = engine.recommend(user, k, history=sent)
+        answer = engine.recommend(user, k, history=sent, rules=read_rules(rules))
         if sent is None:
             past = [] if user is None else engine.history(user, 10)
         else:
@@ -50,6 +68,37 @@ def command(
         typer.echo(json.dumps({**answer.to_dict(), "history": shown}, ensure_ascii=False, indent=1))
     else:
         typer.echo("\n".join(page_lines(answer, past)))
+
+
+def _write(
+    run: Path,
+    events: Path | None,
+    users: Path,
+    out: Path,
+    k: int | None,
+    rules: Path | None,
+    *,
+    quiet: bool,
+    json_: bool,
+) -> None:
+    """The pages of many as a file, and what became of them."""
+    from shortlist.cascade.exports import read_users
+    from shortlist.cascade.many_pages import write_pages
+
+    ids, ruled = read_users(users), read_rules(rules)
+    say = (lambda line: None) if quiet else (lambda line: typer.echo(line, err=True))
+    with open_engine(run, events) as engine:
+        done = write_pages(engine, ids, out, k=k, rules=ruled, say=say)
+    if json_:
+        typer.echo(json.dumps({name: getattr(done, name) for name in done.__slots__}, indent=1))
+        return
+    typer.echo(f"{done.num_rows:,} places on the pages of {done.num_users:,} users, written to {done.out}")
+    if done.num_unknown_users:
+        typer.echo(f"{done.num_unknown_users:,} users are unknown: pages of people without a past")
+    if done.num_short:
+        typer.echo(f"{done.num_short:,} pages are shorter than asked for: rules or the catalogue leave no more")
+    for reason in done.degraded:
+        typer.echo(f"degraded: {reason}")
 
 
 def page_lines(answer: Answer, past: list[Seen]) -> Iterator[str]:

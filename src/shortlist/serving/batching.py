@@ -24,6 +24,10 @@ from shortlist.serving.settings import ServerConfig
 Outcome = Answer | ShortlistError
 Answering = Callable[[Sequence[Question], float | None], Sequence[Outcome]]
 """Answers to questions within so many milliseconds (None = without a limit)."""
+FOR_STAGES = 0.8
+"""Share of the time left that the stages get; in the rest a page is made of what those in time have given."""
+MOST_GIVEN_UP = 64
+"""Workers that hang and were replaced at most: when as many hang for good, more threads would not help."""
 
 
 class Overloaded(RuntimeError):
@@ -64,6 +68,7 @@ class Batcher:
         self.num_replaced = 0
         """Workers that hung and were replaced."""
         self._workers: set[threading.Thread] = set()
+        self._given_up: set[threading.Thread] = set()
         for _ in range(self.config.num_workers):
             self._hire()
 
@@ -84,7 +89,8 @@ class Batcher:
         one = _Waiting(question, loop, loop.create_future(), time.monotonic())
         limit_ms = self.config.time_limit_ms
         with self._there:
-            if len(self._waiting) >= self.config.max_waiting or (limit_ms and self._expected_s() * 1e3 > limit_ms):
+            too_late = limit_ms is not None and bool(self._waiting) and self._expected_s() * 1e3 > limit_ms
+            if too_late or len(self._waiting) >= self.config.max_waiting:
                 raise Overloaded(
                     f"{len(self._waiting)} requests wait already, more than can be answered in time; try again"
                 )
@@ -167,9 +173,11 @@ class Batcher:
         return one.future.cancelled() or (limit_ms is not None and (time.monotonic() - one.since) * 1e3 >= limit_ms)
 
     def _left_ms(self, batch: Sequence[_Waiting], now: float) -> float | None:
-        """What the request that has waited longest has left."""
+        """What the stages may take of what the request that has waited longest has left."""
         limit_ms = self.config.time_limit_ms
-        return None if limit_ms is None else max(limit_ms - (now - min(one.since for one in batch)) * 1e3, 1.0)
+        if limit_ms is None:
+            return None
+        return max(FOR_STAGES * (limit_ms - (now - min(one.since for one in batch)) * 1e3), 1.0)
 
     def _answered(self, questions: Sequence[Question], left_ms: float | None) -> Sequence[Outcome | Exception]:
         try:
@@ -187,8 +195,10 @@ class Batcher:
         with self._there:
             now = time.monotonic()
             hanging = [one for one, since in self._busy_since.items() if (now - since) * 1e3 > 2 * limit_ms]
-            for worker in hanging:
+            self._given_up = {worker for worker in self._given_up if worker.is_alive()}
+            for worker in hanging[: MOST_GIVEN_UP - len(self._given_up)]:
                 self._workers.discard(worker)
+                self._given_up.add(worker)
                 del self._busy_since[worker]
                 self.num_replaced += 1
                 self._hire()
