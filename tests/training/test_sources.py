@@ -253,14 +253,14 @@ def test_all_candidates_by_default():
 def test_extra_columns_follow_their_candidates_and_make_none_positive():
     """With and without them the same candidates are drawn."""
     total = sum(6 + r % 8 for r in range(NUM_REQUESTS))
-    marked = candidates(num_negatives=2, extra={"number": torch.arange(1, total + 1)})
+    marked = candidates(num_negatives=2).with_columns({"number": torch.arange(1, total + 1)})
     all_rows = torch.cat([torch.arange(6 + r % 8) + r * 100 for r in range(NUM_REQUESTS)])
     for plain, batch in zip(candidates(num_negatives=2).batches(1), marked.batches(1), strict=True):
         assert torch.equal(plain.candidate_rows.values, batch.candidate_rows.values)
         assert batch.labels.keys() == {"click", "order", "number"}
         assert torch.equal(all_rows[batch.labels["number"] - 1], batch.candidate_rows.values)
     with pytest.raises(DataError, match="'number' has 3 values"):
-        candidates(extra={"number": torch.ones(3)})
+        candidates().with_columns({"number": torch.ones(3)})
 
 
 def test_candidates_are_checked():

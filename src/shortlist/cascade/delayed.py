@@ -243,8 +243,7 @@ def delayed_source(
         batch_size=trainer.batch_size,
         max_history=system.max_history,
         num_negatives=learning.num_negatives,
-        extra={SAMPLE: made.sample},
         only_chosen=learning.candidates == "cascade",
         seed=trainer.seed,
-    )
+    ).with_columns({SAMPLE: made.sample})
     return DelayedSource(source, rule, learning.late_task, made, auxiliary)

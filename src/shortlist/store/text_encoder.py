@@ -68,10 +68,10 @@ class MiniLM:
         self._tokens.no_padding()
         self._tokens.enable_truncation(max_length=max_tokens)
         self._weights: Mapping[str, Tensor] = load_tensors(folder / "model.safetensors")
-        config = json.loads((folder / "config.json").read_text())
-        self._num_blocks, self._num_heads = config["num_hidden_layers"], config["num_attention_heads"]
-        self._eps = config["layer_norm_eps"]
-        self.dim: int = config["hidden_size"]
+        shape = json.loads((folder / "config.json").read_text())
+        self._num_blocks, self._num_heads = shape["num_hidden_layers"], shape["num_attention_heads"]
+        self._eps = shape["layer_norm_eps"]
+        self.dim: int = shape["hidden_size"]
 
     @staticmethod
     def is_installed() -> bool:

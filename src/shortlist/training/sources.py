@@ -5,6 +5,7 @@ B rows of a batch (users or requests), U users, R requests.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -185,7 +186,6 @@ class CandidateSource:
         max_history: newest events kept per request.
         num_negatives: candidates without a positive label kept per request, drawn anew each epoch; None = all. Positives are always
             kept, so the share of positives rises: order is not affected, calibration is.
-        extra: further columns [total], handed on among the labels of a batch; they make no candidate positive.
         only_chosen: leave out requests without a positive. False where candidates are what was shown, and showing what nobody wants is
             a lesson too.
         seed: of the order and the draws.
@@ -204,17 +204,16 @@ class CandidateSource:
         batch_size: int,
         max_history: int,
         num_negatives: int | None = None,
-        extra: Mapping[str, Tensor] | None = None,
         only_chosen: bool = True,
         seed: int = 0,
     ) -> None:
         _check_sizes(batch_size, max_history)
         if num_negatives is not None and num_negatives < 1:
             raise ConfigError(f"num_negatives must be at least 1, got {num_negatives}; leave it out to keep all")
-        _check_candidates(requests, candidates, labels, extra or {})
+        _check_candidates(requests, candidates, labels)
         self.histories, self.users, self.requests, self.candidates = histories, users, requests, candidates.rows
         self.asked = requests.without_targets()
-        self.pair, self.labels = dict(candidates.pair), {**labels, **(extra or {})}
+        self.pair, self.labels = dict(candidates.pair), dict(labels)
         self.batch_size, self.max_history, self.num_negatives, self.seed = batch_size, max_history, num_negatives, seed
         self.positive = torch.stack(list(labels.values())).gt(0).any(0)
         counted = self.positive if only_chosen else torch.ones_like(self.positive)
@@ -224,6 +223,16 @@ class CandidateSource:
                 f"none of {len(requests):,} requests has a positive candidate: the earlier stages let nothing through that was "
                 "then chosen; let them keep more, or check the labels"
             )
+
+    def with_columns(self, columns: Mapping[str, Tensor]) -> CandidateSource:
+        """The same with further columns [total], handed on among the labels of a batch; they make no candidate positive.
+
+        Raises DataError where a column has another length.
+        """
+        _check_columns(columns, len(self.candidates.values))
+        made = copy.copy(self)
+        made.labels = {**self.labels, **columns}
+        return made
 
     def steps_per_epoch(self) -> int:
         """See BatchSource."""
@@ -277,17 +286,19 @@ def _check_sizes(batch_size: int, max_history: int) -> None:
         raise ConfigError(f"batch_size and max_history must be at least 1, got {batch_size} and {max_history}")
 
 
-def _check_candidates(
-    requests: Requests, candidates: Candidates, labels: Mapping[str, Tensor], extra: Mapping[str, Tensor]
-) -> None:
+def _check_candidates(requests: Requests, candidates: Candidates, labels: Mapping[str, Tensor]) -> None:
     rows = candidates.rows
     if rows.num_rows != len(requests):
         raise DataError(f"{rows.num_rows:,} rows of candidates for {len(requests):,} requests; give one row each")
     if not labels:
         raise DataError("candidates to train on need at least one label")
-    for name, column in {**candidates.pair, **labels, **extra}.items():
-        if len(column) != len(rows.values):
-            raise DataError(f"column {name!r} has {len(column):,} values for {len(rows.values):,} candidates")
+    _check_columns({**candidates.pair, **labels}, len(rows.values))
+
+
+def _check_columns(columns: Mapping[str, Tensor], total: int) -> None:
+    for name, column in columns.items():
+        if len(column) != total:
+            raise DataError(f"column {name!r} has {len(column):,} values for {total:,} candidates")
 
 
 def _history_lengths(requests: Requests, max_history: int) -> Int:
