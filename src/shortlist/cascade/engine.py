@@ -187,6 +187,11 @@ class Engine:
             self._live = live
         return live.version
 
+    def adopt(self, live: Live) -> None:
+        """Answer from a run that is in memory already; it must not be another engine's, which may have a copy of its own."""
+        with self.swapping:
+            self._live = self._remembering(live)
+
     def _tick(self) -> None:
         """Once a second the governor looks at what the last one was like."""
         while not self._closing.wait(1.0):
