@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from shortlist.cascade.ads import Ads, AdsConfig
 from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.answers import Answer, Circumstances, logged, make_answers
 from shortlist.cascade.arranging import laid_out, longer
@@ -71,6 +72,8 @@ class EngineConfig:
     """What a calibrated allocator may spend."""
     search: SearchConfig = field(default_factory=SearchConfig)
     """How queries are answered."""
+    ads: AdsConfig = field(default_factory=AdsConfig)
+    """How ads are chosen and paid."""
 
     def __post_init__(self) -> None:
         for name in ("max_k", "max_ids", "max_sent_history", "batch_size"):
@@ -135,6 +138,8 @@ class Engine:
         self.config = config or EngineConfig()
         self._live = self._remembering(live)
         self.meter = Meter()
+        self.ads = Ads(self, self._known, self.config.ads)
+        """Call it for ads: engine.ads(user, slots); see cascade/ads.py."""
         self._closing = threading.Event()
         if self.config.governor.moves:
             threading.Thread(target=self._tick, name="governor", daemon=True).start()
