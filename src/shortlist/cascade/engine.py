@@ -67,7 +67,6 @@ class EngineConfig:
     """Requests answered together by `recommend_many`."""
     memory_mib: int = 256
     """Bound of what systems remember of users between requests, in MiB; 0 = nothing but what `shortlist refresh` wrote is remembered."""
-
     governor: GovernorConfig = field(default_factory=GovernorConfig)
     """What a calibrated allocator may spend."""
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -138,8 +137,7 @@ class Engine:
         self.config = config or EngineConfig()
         self._live = self._remembering(live)
         self.meter = Meter()
-        self.ads = Ads(self, self._known, self.config.ads)
-        """Call it for ads: engine.ads(user, slots); see cascade/ads.py."""
+        self.ads = Ads(self, self._known, self.config.ads)  # engine.ads(user, slots)
         self._closing = threading.Event()
         if self.config.governor.moves:
             threading.Thread(target=self._tick, name="governor", daemon=True).start()
@@ -396,9 +394,7 @@ class Engine:
             StoreUnavailable: the store can not be written; nothing was kept.
         """
         if self.events is None:
-            raise ConfigError(
-                "this engine keeps no events; open it with events=PATH (on the command line: --events PATH)"
-            )
+            raise ConfigError("this engine keeps no events; open it with events=PATH (command line: --events PATH)")
         num_new = self.events.append(events)
         live = self._live
         named = [event.action for event in events if event.action is not None]
