@@ -66,6 +66,7 @@ def test_a_page_carries_what_is_promised(client, engine):
         "spent_ms",
         "allotted",
         "note",
+        "variants",
     }
     assert set(page["items"][0]) == {"item_id", "score", "title", "scores"}
     assert page["items"][0]["title"] == f"Item number {page['items'][0]['item_id'] - FIRST_ITEM}"

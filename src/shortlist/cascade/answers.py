@@ -6,7 +6,7 @@ import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shortlist.cascade.cascade import Page, StageTrace
@@ -64,6 +64,8 @@ class Answer:
     """Why it was this chain."""
     note: str | None = None
     """What else to know of the answer, such as how a query was read; no fault."""
+    variants: Mapping[str, str] = field(default_factory=dict)
+    """Which variant of which experiment made it; empty where none had a hand in it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

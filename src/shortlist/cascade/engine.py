@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from shortlist.cascade.ads import Ads, AdsConfig
 from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.answers import Answer, Circumstances, logged, make_answers
 from shortlist.cascade.arranging import laid_out, longer
@@ -66,11 +67,12 @@ class EngineConfig:
     """Requests answered together by `recommend_many`."""
     memory_mib: int = 256
     """Bound of what systems remember of users between requests, in MiB; 0 = nothing but what `shortlist refresh` wrote is remembered."""
-
     governor: GovernorConfig = field(default_factory=GovernorConfig)
     """What a calibrated allocator may spend."""
     search: SearchConfig = field(default_factory=SearchConfig)
     """How queries are answered."""
+    ads: AdsConfig = field(default_factory=AdsConfig)
+    """How ads are chosen and paid."""
 
     def __post_init__(self) -> None:
         for name in ("max_k", "max_ids", "max_sent_history", "batch_size"):
@@ -135,6 +137,7 @@ class Engine:
         self.config = config or EngineConfig()
         self._live = self._remembering(live)
         self.meter = Meter()
+        self.ads = Ads(self, self._known, self.config.ads)  # engine.ads(user, slots)
         self._closing = threading.Event()
         if self.config.governor.moves:
             threading.Thread(target=self._tick, name="governor", daemon=True).start()
@@ -186,6 +189,11 @@ class Engine:
             live = self._remembering(load_live(Path(folder)))
             self._live = live
         return live.version
+
+    def adopt(self, live: Live) -> None:
+        """Answer from a run that is in memory already; it must not be another engine's, which may have a copy of its own."""
+        with self.swapping:
+            self._live = self._remembering(live)
 
     def _tick(self) -> None:
         """Once a second the governor looks at what the last one was like."""
@@ -386,9 +394,7 @@ class Engine:
             StoreUnavailable: the store can not be written; nothing was kept.
         """
         if self.events is None:
-            raise ConfigError(
-                "this engine keeps no events; open it with events=PATH (on the command line: --events PATH)"
-            )
+            raise ConfigError("this engine keeps no events; open it with events=PATH (command line: --events PATH)")
         num_new = self.events.append(events)
         live = self._live
         named = [event.action for event in events if event.action is not None]

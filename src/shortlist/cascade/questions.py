@@ -52,6 +52,8 @@ class Question:
     """Name of the chain that is to answer, in place of the allocator's choice."""
     query: str | None = None
     """What somebody typed: only items whose text matches it are shown; None = no search."""
+    session: Id | None = None
+    """Whom experiments tell apart where nobody is named; read by nothing else."""
 
 
 class Bounds(Protocol):

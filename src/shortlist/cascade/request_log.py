@@ -35,6 +35,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
+from shortlist.cascade.exposures import METADATA as OF_EXPERIMENTS
+from shortlist.cascade.exposures import Exposure, forgetting, write_exposures
 from shortlist.cascade.meter import StageReport
 from shortlist.data.histories import Float, Int
 from shortlist.data.vocabulary import Id
@@ -143,6 +145,7 @@ class RequestLog:
         self._engine = sqlite_engine(self.path, sync="off", what="a request log")
         try:
             _METADATA.create_all(self._engine)
+            OF_EXPERIMENTS.create_all(self._engine)
         except SQLAlchemyError as error:
             self._engine.dispose()
             raise DataError(f"{self.path} can not be used as a request log: {getattr(error, 'orig', error)}") from error
@@ -155,8 +158,15 @@ class RequestLog:
 
     def add(self, request: LoggedRequest, ids_of: Callable[[Int], list[Id | None]]) -> bool:
         """Hand a record to the writer; False when it was dropped. `ids_of` turns rows into item ids, in the writer's thread."""
+        return self._hand_over((request, ids_of))
+
+    def expose(self, exposures: Sequence[Exposure]) -> bool:
+        """Hand over who saw which variant; False when it was dropped."""
+        return self._hand_over(list(exposures))
+
+    def _hand_over(self, waiting: _Waiting) -> bool:
         try:
-            self._waiting.put_nowait((request, ids_of))
+            self._waiting.put_nowait(waiting)
         except queue.Full:
             self._drop(1)
             return False
@@ -229,7 +239,7 @@ class RequestLog:
         """
         self.flush()
         with available(self.path):
-            return erase(self._engine, self.path, [delete(REQUESTS).where(REQUESTS.c.user_id == user)])
+            return erase(self._engine, self.path, [delete(REQUESTS).where(REQUESTS.c.user_id == user), forgetting(user)])
 
     def flush(self) -> None:
         """Wait until everything that was added so far is written."""
@@ -267,18 +277,20 @@ class RequestLog:
     def _write(self, records: Sequence[_Waiting]) -> None:
         if not records:
             return
-        rows = [_row(request, ids_of) for request, ids_of in records]
+        rows = [_row(*record) for record in records if not isinstance(record, list)]
         with self._engine.begin() as connection:
-            connection.execute(insert(REQUESTS), rows)
-            newest = select(func.max(REQUESTS.c.id)).scalar_subquery()
-            connection.execute(delete(REQUESTS).where(REQUESTS.c.id <= newest - self.max_rows))
+            if rows:
+                connection.execute(insert(REQUESTS), rows)
+                newest = select(func.max(REQUESTS.c.id)).scalar_subquery()
+                connection.execute(delete(REQUESTS).where(REQUESTS.c.id <= newest - self.max_rows))
+            write_exposures(connection, [exposure for record in records if isinstance(record, list) for exposure in record])
 
     def _drop(self, count: int) -> None:
         with self._counting:
             self._dropped += count
 
 
-_Waiting = tuple[LoggedRequest, Callable[[Int], list[Id | None]]]
+_Waiting = tuple[LoggedRequest, Callable[[Int], list[Id | None]]] | list[Exposure]
 
 
 def _plain(row: Any) -> dict[str, Any]:

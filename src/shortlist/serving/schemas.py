@@ -108,6 +108,9 @@ class RecommendIn(_Body):
         None, gt=0, allow_inf_nan=False, description="What this request may cost at most, in 1e6 FLOPs."
     )
     chain: Text | None = Field(None, description="Chain to answer by; without it, the allocator's choice.")
+    session: Id | None = Field(
+        None, description="Whom experiments tell apart where no user is named: a session, a device."
+    )
 
     def question(self) -> Question:
         """As the engine takes it."""
@@ -121,6 +124,7 @@ class RecommendIn(_Body):
             at=self.at,
             budget=Budget(ms=self.budget_ms, mflop=self.budget_mflop),
             chain=self.chain,
+            session=self.session,
         )
 
     def ruled(self) -> Rules:

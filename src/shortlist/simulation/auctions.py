@@ -27,7 +27,7 @@ class Auction(NamedTuple):
 
 
 def generalised_second_price(
-    bids_RC: Float, quality_RC: Float | None = None, *, num_places: int = 1, reserve: float = 0.0
+    bids_RC: Float, quality_RC: Float | None = None, *, num_places: int = 1, reserve: float | Float = 0.0
 ) -> Auction:
     """Places by bid times quality; a winner pays per click the least bid that would have kept the place, never below the reserve.
 
@@ -39,7 +39,7 @@ def generalised_second_price(
         bids_RC: [R, C] money per click; 0 or below takes no part, nor does a bid below the reserve.
         quality_RC: [R, C] above 0, such as the chance of a click; None = all alike.
         num_places: K.
-        reserve: least price of a click.
+        reserve: least price of a click, for all or [R, C] for each.
 
     Raises DataError where the shapes differ or a quality is not above 0; ConfigError for a bad number of places or reserve.
     """
@@ -48,9 +48,12 @@ def generalised_second_price(
         raise DataError(f"bids [R, C] and quality must have one shape, got {bids_RC.shape} and {quality.shape}")
     if not (quality > 0).all() or not np.isfinite(bids_RC).all():
         raise DataError("every quality must be above 0 and every bid a finite number")
-    if num_places < 1 or not 0 <= reserve < np.inf:
+    if np.ndim(reserve) and np.shape(reserve) != bids_RC.shape:
+        raise DataError(f"reserves are one number or [R, C] as the bids {bids_RC.shape}, got {np.shape(reserve)}")
+    least_RC = np.broadcast_to(np.asarray(reserve, dtype=np.float64), bids_RC.shape)
+    if num_places < 1 or not ((least_RC >= 0) & (least_RC < np.inf)).all():
         raise ConfigError(f"an auction wants at least 1 place and a reserve of 0 or above, got {num_places}, {reserve}")
-    takes_part = (bids_RC > 0) & (bids_RC >= reserve)
+    takes_part = (bids_RC > 0) & (bids_RC >= least_RC)
     score = np.where(takes_part, bids_RC * quality, 0.0)
     missing = max(num_places + 1 - score.shape[1], 0)  # so that a place has somebody behind it, if only nobody
     score = np.pad(score, ((0, 0), (0, missing)))
@@ -58,8 +61,8 @@ def generalised_second_price(
     ranked = np.take_along_axis(score, order, 1)
     won = ranked[:, :-1] > 0
     winner = np.where(won, order[:, :-1], -1)
-    own_quality = np.take_along_axis(quality, np.maximum(winner, 0), 1)
-    price = np.where(won, np.maximum(reserve, ranked[:, 1:] / own_quality), 0.0)
+    own_quality, own_least = (np.take_along_axis(x_RC, np.maximum(winner, 0), 1) for x_RC in (quality, least_RC))
+    price = np.where(won, np.maximum(own_least, ranked[:, 1:] / own_quality), 0.0)
     return Auction(winner, price)
 
 

@@ -144,6 +144,11 @@ class EventStore:
         self._one_user, self._many_users = _newest_of_one(max_per_user), _newest_of_many(max_per_user)
 
     @property
+    def database(self) -> Database:
+        """What it lives in, for stores beside it; it goes with this one."""
+        return self._database
+
+    @property
     def name(self) -> str:
         """What the store is called in messages: its path, or its URL without user and password."""
         return self._database.name

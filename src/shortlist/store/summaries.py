@@ -159,6 +159,11 @@ class SummaryStore:
             self._stamp = _stamp(self.path)
             return True
 
+    def generation(self) -> str:
+        """Digest of what the file holds."""
+        with self._lock:
+            return self.head.sha256[:16]
+
     def renewed(self) -> bool:
         """Whether another file of the same version stands in the place since the last call; looks about once a second."""
         with self._lock:
