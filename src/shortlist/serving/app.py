@@ -35,7 +35,6 @@ from shortlist.serving.settings import ServerConfig
 from shortlist.serving.shadow import Shadow, ShadowNumbers
 from shortlist.serving.watching import Watcher, WatcherNumbers
 
-
 def create_app(
     engine: Engine, config: ServerConfig | None = None, *, watcher: Watcher | None = None, shadow: Shadow | None = None
 ) -> FastAPI:
@@ -48,7 +47,6 @@ def create_app(
         metrics.registry.register(WatcherNumbers(watcher))
     if shadow is not None:
         metrics.registry.register(ShadowNumbers(shadow))
-
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = config.num_threads
