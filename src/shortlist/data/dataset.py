@@ -64,7 +64,7 @@ from shortlist.errors import DataError, SnapshotError
 
 _TIME_FIELDS = (Categorical(name="hour", size=HOURS), Categorical(name="weekday", size=WEEKDAYS))
 _PARTS = ("fit", "valid", "test")
-_SIMULATED_NOTE = "Simulated: a world with known truth drew this log, not people. "
+SIMULATED_NOTE = "Simulated: a world with known truth drew this log, not people. "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +111,7 @@ class Dataset:
     @property
     def simulated(self) -> bool:
         """A world of `shortlist.simulation` drew the log, not people."""
-        return self.split.note.startswith(_SIMULATED_NOTE)
+        return self.split.note.startswith(SIMULATED_NOTE)
 
     def view(self, window: Window = "fit") -> View:
         """Events before the window starts, with the users and items known by then; "end" = all events.
@@ -289,6 +289,10 @@ class Dataset:
         arrays = {f.name: getattr(self.histories, f.name)[index] for f in fields(Histories) if f.name != "offsets"}
         return Histories(offsets=np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64), **arrays)
 
+    def unknown_context(self, num_rows: int) -> dict[str, NDArray[np.generic]]:
+        """Declared context columns [num_rows] of events of which nothing is known."""
+        return self._context({}, num_rows)
+
     def _context(self, given: Mapping[str, Sequence[Any]], num_rows: int) -> dict[str, NDArray[np.generic]]:
         declared = {f.column: f for f in self.schema.of("context")}
         for name in given:
@@ -335,8 +339,8 @@ def build_dataset(log: Log, config: DataConfig | None = None) -> Dataset:
     if rule.label is not None:
         events = shown.keep(_choices(log, rule, shown), has_clock=log.has_clock)
     plan = plan_split(events.histories, used, _targets(events, config), order_known=log.has_time)
-    users = _known_users_first(events.histories, plan)
-    user_ids, events, plan = user_ids.reordered(users), events.reordered(users), _reordered(plan, events, users)
+    users = known_users_first(events.histories, plan)
+    user_ids, events, plan = user_ids.reordered(users), events.reordered(users), reordered_plan(plan, events, users)
 
     training = plan.window_of_event == 0
     num_users = int(np.count_nonzero(np.bincount(events.histories.user_of_event[training])))
@@ -355,7 +359,7 @@ def build_dataset(log: Log, config: DataConfig | None = None) -> Dataset:
         histories, plan, used, is_target=_targets(events, config), repeats=repeats, context=event_context
     )
     split = replace(
-        split, note=f"{_SIMULATED_NOTE if is_simulated(log) else ''}{_note(split.note, config, used, rule)}"
+        split, note=f"{SIMULATED_NOTE if is_simulated(log) else ''}{_note(split.note, config, used, rule)}"
     )
     space = Space(
         items=field_table(schema.of("item"), item_frame),
@@ -457,7 +461,7 @@ def _targets(events: EncodedEvents, config: DataConfig) -> NDArray[np.bool_]:
     return np.isin(events.histories.action, wanted)
 
 
-def _known_users_first(histories: Histories, plan: Plan) -> Int:
+def known_users_first(histories: Histories, plan: Plan) -> Int:
     """[U] user rows in their new order: those of the training events first, then those the fit window adds, and so on."""
     start, filled = histories.offsets[1:-1], np.diff(histories.offsets[1:]) > 0
     # Windows never fall within a user, so the first event tells when the user becomes known; users who only were shown things never do.
@@ -466,7 +470,7 @@ def _known_users_first(histories: Histories, plan: Plan) -> Int:
     return np.argsort(known_from, kind="stable") + 1
 
 
-def _reordered(plan: Plan, events: EncodedEvents, users: Int) -> Plan:
+def reordered_plan(plan: Plan, events: EncodedEvents, users: Int) -> Plan:
     """The plan of `events.reordered(users)`."""
     order = events_of(events.histories, users)
     return replace(plan, window_of_event=plan.window_of_event[order], request_of_event=plan.request_of_event[order])

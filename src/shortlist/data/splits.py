@@ -197,7 +197,18 @@ def plan_split(histories: Histories, config: DataConfig, is_target: Bools, *, or
 def _by_time(histories: Histories, groups: Groups, has_target: Bools, config: DataConfig) -> Plan:
     ordered = np.sort(histories.time)
     held_out = np.cumsum([config.test_share, config.valid_share, config.fit_share])[::-1]
-    cuts = ordered[np.floor(len(ordered) * (1 - held_out)).astype(np.int64)]
+    return plan_of_cuts(
+        histories, groups, has_target, ordered[np.floor(len(ordered) * (1 - held_out)).astype(np.int64)]
+    )
+
+
+def plan_of_cuts(histories: Histories, groups: Groups, has_target: Bools, cuts: Int) -> Plan:
+    """What each event is for where the log is cut by time.
+
+    Args:
+        has_target: [G] groups with an event worth predicting.
+        cuts: [3] seconds at which the fit, validation and test windows begin.
+    """
     # A group shares one time, so a comparison with the cuts never splits one.
     window = np.searchsorted(cuts, histories.time[groups.start], side="right").astype(np.int8)
     asked = np.where(has_target, window, 0).astype(np.int8)
@@ -205,7 +216,7 @@ def _by_time(histories: Histories, groups: Groups, has_target: Bools, config: Da
     return Plan(
         window_of_event=groups.to_events(window),
         request_of_event=groups.to_events(asked),
-        now={"fit": int(cuts[0]), "valid": int(cuts[1]), "test": int(cuts[2]), "end": int(ordered[-1]) + 1},
+        now={"fit": int(cuts[0]), "valid": int(cuts[1]), "test": int(cuts[2]), "end": int(histories.time.max()) + 1},
         note=f"By time: training before {fit}, fit from there, validation from {valid}, test from {test} (UTC). Whole groups are predicted "
         "from all earlier groups of the user; users without any are kept.",
     )
