@@ -21,6 +21,7 @@ COMMANDS = {
     "compare": "Put runs and systems into one table with intervals and paired tests.",
     "recommend": "Print the page one user sees, with scores per stage.",
     "search": "Print what a query finds, or make the text index of a run.",
+    "ads": "Calibrate a run's scores to chances of clicks, for its ads.",
     "calibrate": "Find what each chain of a run costs and brings, and make its allocator.",
     "refresh": "Summarise every user's whole history for serving.",
     "publish": "Publish a run to a place that servers follow, or go back in it.",

@@ -31,7 +31,7 @@ INNER = ("/metrics", "/v1/admin")
 """Paths that move to the inner port, where there is one."""
 READ = ("/v1/recommend", "/v1/search", "/v1/ads", "/v1/similar", "/v1/explain")
 """Paths that only read, whatever the method."""
-WRITE = ("/v1/events", "/v1/items", "/v1/users")
+WRITE = ("/v1/events", "/v1/items", "/v1/users", "/v1/ads/click", "/v1/ads/campaigns")
 TRIES_PER_S, MAX_TRIES = 1.0, 10
 """Keys never proved before that one address may try: each costs some 50 ms of a core."""
 _LONGEST_KEY = 200

@@ -261,32 +261,36 @@ class CampaignStore:
 
     # -- campaigns -----------------------------------------------------------------------------------------------
 
-    def put(self, campaign: Campaign) -> Account:
-        """Keep a new campaign, or change one in place: what it has spent stays spent, also where it was deleted before.
+    def put(self, *campaigns: Campaign) -> list[Account]:
+        """Keep new campaigns, or change them in place: what one has spent stays spent, also where it was deleted before.
 
         Raises:
-            ConfigError: the budget is below what is spent and set aside already; nothing was changed.
+            ConfigError: a budget is below what is spent and set aside already; nothing was changed.
             StoreUnavailable: the store can not be written.
         """
-        row = _row(campaign)
+        rows = [_row(campaign) for campaign in campaigns]
         make = (postgresql if self._database.is_server else sqlite).insert(CAMPAIGNS)
-        statement = make.values(**row, change=1, spent=0, reserved=0, expected=0).on_conflict_do_update(
-            index_elements=["campaign"],
-            set_={**row, "change": CAMPAIGNS.c.change + 1},
-            where=CAMPAIGNS.c.spent + CAMPAIGNS.c.reserved <= row["budget"],
-        )
 
-        def work(connection: Connection) -> tuple[int, Any]:
-            done = connection.execute(statement).rowcount
-            return done, connection.execute(select(CAMPAIGNS).where(CAMPAIGNS.c.campaign == campaign.campaign)).one()
+        def work(connection: Connection) -> list[Account]:
+            kept = []
+            for row in rows:
+                statement = make.values(**row, change=1, spent=0, reserved=0, expected=0).on_conflict_do_update(
+                    index_elements=["campaign"],
+                    set_={**row, "change": CAMPAIGNS.c.change + 1},
+                    where=CAMPAIGNS.c.spent + CAMPAIGNS.c.reserved <= row["budget"],
+                )
+                done = connection.execute(statement).rowcount
+                now = connection.execute(select(CAMPAIGNS).where(CAMPAIGNS.c.campaign == row["campaign"])).one()
+                if not done:
+                    used = (now.spent + now.reserved) / MICROS
+                    raise ConfigError(
+                        f"the budget of {row['campaign']!r} can not be {row['budget'] / MICROS:g}: {used:g} is spent or set aside for "
+                        "ads that people still see; set at least that, or delete the campaign"
+                    )
+                kept.append(_account_of(now))
+            return kept
 
-        done, now = self._write(work)
-        if not done:
-            raise ConfigError(
-                f"the budget of {campaign.campaign!r} can not be {campaign.budget:g}: {(now.spent + now.reserved) / MICROS:g} is spent "
-                "or set aside for ads that people still see; set at least that, or delete the campaign"
-            )
-        return _account_of(now)
+        return self._write(work)
 
     def remove(self, campaign: str) -> bool:
         """End a campaign: it is shown no more, clicks on what people still see are charged. False where there is none."""
