@@ -2,6 +2,7 @@
 
     GET  /v1/recommend/{user}?k=10     POST /v1/recommend     POST /v1/events
     GET  /v1/search?q=red+mug          POST /v1/search
+    POST /v1/ads, /v1/ads/click        GET, PUT /v1/ads/campaigns       GET, DELETE /v1/ads/campaigns/{campaign}
     GET  /v1/similar/{item}?k=10       POST /v1/similar       GET  /v1/explain/{request_id}
     POST /v1/items  DELETE /v1/items/{item}      POST /v1/users  DELETE /v1/users/{user}
     GET  /v1/admin/snapshots, shadow   POST /v1/admin/publish, rollback                       (where the settings allow it)
@@ -28,7 +29,7 @@ from shortlist.cascade.engine import Engine
 from shortlist.serving.batching import Batcher
 from shortlist.serving.gate import Gate, add_error_handlers
 from shortlist.serving.metrics import Metrics
-from shortlist.serving.routes import admin, entities, events, explain, recommend, search, similar, state
+from shortlist.serving.routes import admin, ads, entities, events, explain, recommend, search, similar, state
 from shortlist.serving.routes.common import Server
 from shortlist.serving.settings import ServerConfig
 
@@ -71,6 +72,6 @@ def create_app(
         )
     add_error_handlers(app)
     server = Server(engine=engine, batcher=batcher, metrics=metrics, config=config, watcher=watcher, shadow=shadow)
-    for routes in (recommend, search, similar, explain, events, entities, state, admin):
+    for routes in (recommend, search, ads, similar, explain, events, entities, state, admin):
         routes.add(app, server)
     return app
