@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-from shortlist.cascade.allocation.base import Allocator, Budget, ChainSet, Choice, NoSettings
+from shortlist.cascade.allocation.base import Allocator, Budget, ChainSet, Choice, NoSettings, Outcomes
 from shortlist.cascade.allocation.forecast import Last
 from shortlist.cascade.allocation.prices import PriceConfig, PriceControl
 from shortlist.cascade.allocation.stress import MaxPower, MaxPowerConfig
 from shortlist.cascade.governor import Governor, GovernorConfig, open_governor
 from shortlist.cascade.meter import StageReport
 from shortlist.errors import ConfigError
+from shortlist.registry import find
 
 CHAINS = ChainSet(
     names=("a0-b0", "a0-b1", "a0-b2"),
@@ -128,3 +129,43 @@ def test_a_budget_can_not_be_kept_without_calibration(tmp_path):
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):
         GovernorConfig(**setting)
+
+
+# -- another budget --------------------------------------------------------------------------------------------------
+
+
+def mean_ms(governor, num=4):
+    return CHAINS.costs_JC[governor.choose(num).chain_B, 1].mean()
+
+
+def test_another_budget_moves_the_choices_and_none_brings_the_calibrated_one_back():
+    """Requests are alike, so a mixture's mean cost is the budget itself."""
+    rows = np.zeros((50, 2), dtype=np.float32)
+    outcomes = Outcomes(
+        contexts_RF=rows,
+        rewards_RJ=np.tile([1.0, 3.0, 4.0], (50, 1)),
+        users_R=np.arange(50),
+        times_R=np.arange(50),
+    )
+    allocator = find("mixture").cls(find("mixture").config(), CHAINS, 2)
+    allocator.fit(outcomes)
+    allocator.aim(Budget(ms=4.0), rows)
+    governor = Governor(allocator, features, seed=0, rows_RF=rows)
+    assert mean_ms(governor) == 4.0
+    governor.aim(Budget(ms=1.0))
+    assert governor.allocator.budget == Budget(ms=1.0)
+    assert mean_ms(governor) == 1.0
+    governor.aim(Budget(ms=2.5))
+    assert mean_ms(governor, 4_000) == pytest.approx(2.5, abs=0.1)
+    governor.aim(Budget())
+    assert governor.allocator.budget == governor.calibrated == Budget(ms=4.0)
+    assert mean_ms(governor) == 4.0
+
+
+def test_a_budget_is_refused_where_prices_follow_traffic_or_no_requests_are_known():
+    allocator = Dearest()
+    prices = PriceControl(allocator, Budget(ms=1.0), Last(NoSettings()), PriceConfig(), now=0.0)
+    with pytest.raises(ConfigError, match="prices follow the traffic"):
+        Governor(allocator, features, prices=prices, rows_RF=np.zeros((1, 2), np.float32)).aim(Budget(ms=2.0))
+    with pytest.raises(ConfigError, match="shortlist calibrate"):
+        Governor(allocator, features).aim(Budget(ms=2.0))

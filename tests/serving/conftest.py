@@ -7,9 +7,11 @@ import torch
 from fastapi.testclient import TestClient
 
 from engine_support import shop_frames
+from shortlist.cascade.allocation.calibration import allocation_path, calibrate, save_allocation
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.engine import Engine
+from shortlist.cascade.run import load_run
 from shortlist.data.dataset import build_dataset
 from shortlist.data.log import read
 from shortlist.serving.app import create_app
@@ -34,11 +36,34 @@ widths = [8]
 max_history = 10
 """
 
+OFFERING = """
+[surface]
+k = 5
+[data]
+valid_share = 0.2
+[trainer]
+epochs = 1
+[stages.retrieval]
+systems = ["counts", "popularity"]
+keep = 18
+offers = [{systems = ["popularity"], keep = 9}]
+[stages.ranking]
+systems = ["dnn"]
+keep = 8
+offers = [{systems = ["counts"], keep = 8}]
+[systems.dnn]
+dim = 4
+widths = [8]
+[allocation]
+system = "dcaf"
+max_requests = 60
+"""
 
-def train(folder: Path, seed: int) -> Path:
+
+def train(folder: Path, seed: int, settings: str = TRAINED) -> Path:
     torch.set_num_threads(1)
     events, items = shop_frames(seed)
-    config = RunConfig.from_toml(TRAINED)
+    config = RunConfig.from_toml(settings)
     train_cascade(build_dataset(read(events, items=items), config.data_settings), config, folder, progress=False)
     return folder
 
@@ -53,6 +78,14 @@ def run(tmp_path_factory):
 def other_run(tmp_path_factory):
     """Folder of another one on another year."""
     return train(tmp_path_factory.mktemp("runs") / "second", 1)
+
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory):
+    """Folder of a run with four chains, calibrated."""
+    folder = train(tmp_path_factory.mktemp("runs") / "calibrated", 0, OFFERING)
+    save_allocation(allocation_path(folder), calibrate(load_run(folder)))
+    return folder
 
 
 @pytest.fixture

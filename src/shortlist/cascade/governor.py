@@ -4,6 +4,7 @@
                chain, and what an overloaded server can still afford
     note       what a request really cost and how long it took
     tick       once a second or so: the stress cap moves; once a window: the prices move
+    aim        when somebody sets another budget: the prices are found anew
 
 A governor belongs to one snapshot. Without calibrated costs (`shortlist calibrate RUN`) there is none, and every request gets the
 default chain. B requests, J chains, C resources.
@@ -107,6 +108,8 @@ class Governor:
         stress: the cap of an overloaded server; None = none.
         clock: seconds.
         seed: of the draws of allocators that explore.
+        rows_RF: features of requests like those to come, on which another budget is aimed; None = it can not be changed.
+        calibrated: the budget that holds where nobody sets another.
     """
 
     def __init__(
@@ -118,10 +121,14 @@ class Governor:
         stress: MaxPower | None = None,
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
+        rows_RF: NDArray[np.float32] | None = None,
+        calibrated: Budget | None = None,
     ) -> None:
         self.allocator, self.features, self.prices, self.stress = allocator, features, prices, stress
+        self.calibrated = allocator.budget if calibrated is None else calibrated
+        self._rows_RF = rows_RF
         self._clock, self._rng = clock, np.random.default_rng(seed)
-        self._lock = threading.Lock()
+        self._lock, self._aiming = threading.Lock(), threading.Lock()
 
     def choose(self, batch: Batch, most_BC: Float | None = None) -> Decision:
         """A chain for each of B requests.
@@ -216,6 +223,24 @@ class Governor:
         if self.prices is not None:
             self.prices.tick(now)
 
+    def aim(self, budget: Budget) -> None:
+        """Let a request cost another budget on average from now on; no limits = the calibrated one again.
+
+        Takes its time, and requests that are decided meanwhile get the old prices or the new ones.
+
+        Raises ConfigError, and changes nothing, where prices follow the traffic or there are no requests to find them on.
+        """
+        if self.prices is not None:
+            raise ConfigError(
+                "prices follow the traffic here, within the server's capacity per second; start it without --capacity-ms to set a budget"
+            )
+        if self._rows_RF is None:
+            raise ConfigError(
+                "another budget needs the requests of a calibration; run `shortlist calibrate` on this run"
+            )
+        with self._aiming:
+            self.allocator.aim(self.calibrated if budget == Budget() else budget, self._rows_RF)
+
     @property
     def cap_ms(self) -> float | None:
         """Dearest chain that the server affords now; None = any."""
@@ -249,6 +274,7 @@ def open_governor(
     except SnapshotError as error:
         return None, [f"requests get the default chain: {error}"]
     allocator = allocation.allocator
+    calibrated = allocation.budget
     if config.budget != Budget():
         allocator.aim(config.budget, allocation.rows_RF)
     prices = None
@@ -264,4 +290,13 @@ def open_governor(
     stress = None
     if config.target_ms is not None:
         stress = MaxPower(allocation.chains, MaxPowerConfig(target_ms=config.target_ms), now=clock())
-    return Governor(allocator, allocation.contexts, prices=prices, stress=stress, clock=clock), []
+    governor = Governor(
+        allocator,
+        allocation.contexts,
+        prices=prices,
+        stress=stress,
+        clock=clock,
+        rows_RF=allocation.rows_RF,
+        calibrated=calibrated,
+    )
+    return governor, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -110,6 +111,11 @@ class _ServerState(Collector):
             yield GaugeMetricFamily(
                 "shortlist_cap_ms", "Dearest chain that the server affords now; -1 = any.", value=governor.cap_ms or -1
             )
+        yield InfoMetricFamily(
+            "shortlist_process",
+            "The process whose numbers these are; several may share a port.",
+            value={"pid": str(os.getpid())},
+        )
         yield InfoMetricFamily(
             "shortlist_snapshot", "The snapshot that answers now.", value={"version": self._engine.snapshot_version}
         )

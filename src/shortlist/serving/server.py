@@ -14,6 +14,7 @@ from shortlist.cascade.engine import Engine
 from shortlist.errors import ConfigError
 from shortlist.serving import logs
 from shortlist.serving.app import create_app
+from shortlist.serving.budgeting import Budgets
 from shortlist.serving.settings import ServerConfig, with_ports
 from shortlist.serving.shadow import Shadow
 from shortlist.serving.watching import Watcher
@@ -27,6 +28,7 @@ def run(
     admin: socket.socket | None = None,
     watcher: Watcher | None = None,
     shadow: Shadow | None = None,
+    budgets: Budgets | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish the requests under way. The engine stays the caller's to close.
 
@@ -36,7 +38,7 @@ def run(
         config: as given to it.
         say: gets one line when requests are taken, with the address.
         admin: from `settings.bind_admin`; answers /metrics and /v1/admin in place of `listener`.
-        watcher, shadow: the caller's to close; see `create_app`.
+        watcher, shadow, budgets: the caller's to close; see `create_app`.
     """
     # Requests run side by side; a pool of torch threads inside each would only fight over the same cores.
     torch.set_num_threads(1)
@@ -46,7 +48,7 @@ def run(
     address, inner = _address(listener), "" if admin is None else f"; metrics and admin at {_address(admin)}"
     handler = logs.install(requests=config.log_requests)
     settings = uvicorn.Config(
-        create_app(engine, config, watcher=watcher, shadow=shadow),
+        create_app(engine, config, watcher=watcher, shadow=shadow, budgets=budgets),
         log_config=None,
         log_level="warning",
         access_log=False,

@@ -13,11 +13,12 @@ import multiprocessing
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -62,6 +63,8 @@ class Opening:
     """Another run, or place, that answers a share of the traffic unseen; None = none."""
     shadow_share: float = 0.1
     """That share."""
+    shared: Path | None = None
+    """Folder in which the workers of one server tell each other what was set while they run; None = there is one."""
 
     @property
     def summary(self) -> Path:
@@ -84,6 +87,7 @@ def serve(opening: Opening, listener: socket.socket, admin: socket.socket | None
     from shortlist.cascade.engine import Engine, EngineConfig
     from shortlist.cascade.governor import GovernorConfig
     from shortlist.serving import server
+    from shortlist.serving.budgeting import Budgets
     from shortlist.serving.shadow import Shadow, ShadowConfig
     from shortlist.serving.watching import Watcher
     from shortlist.store.published import Place, is_place, served_run
@@ -103,7 +107,10 @@ def serve(opening: Opening, listener: socket.socket, admin: socket.socket | None
                 config=EngineConfig(deadline_ms=opening.deadline_ms, governor=governor),
             )
         )
-        watcher = shadow = None
+        watcher = shadow = budgets = None
+        if opening.shared is not None:
+            budgets = Budgets(engine, opening.shared / "budget.json").start()
+            stack.callback(budgets.close)
         if opening.shadow is not None:
             config, summary = ShadowConfig(share=opening.shadow_share), None if number else opening.summary
             shadow = Shadow(engine, opening.shadow, config, summary=summary)
@@ -111,7 +118,9 @@ def serve(opening: Opening, listener: socket.socket, admin: socket.socket | None
         if is_place(opening.folder):
             watcher = Watcher(engine, Place(opening.folder)).start()
             stack.callback(watcher.close)
-        server.run(engine, listener, opening.config, say=say, admin=admin, watcher=watcher, shadow=shadow)
+        server.run(
+            engine, listener, opening.config, say=say, admin=admin, watcher=watcher, shadow=shadow, budgets=budgets
+        )
 
 
 def serve_many(
@@ -121,12 +130,14 @@ def serve_many(
 
     The first one is waited for before the others start, so that it makes the files which all share, and a fault is told once.
     """
-    crew = _Crew(opening, listener, admin, say)
+    shared = tempfile.TemporaryDirectory(prefix="shortlist-")
+    crew = _Crew(replace(opening, shared=Path(shared.name)), listener, admin, say)
     before = {number: signal.signal(number, crew.stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         crew.run(num_workers)
     finally:
         crew.end()
+        shared.cleanup()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -13,6 +13,7 @@ from shortlist.cascade.answers import Answer
 from shortlist.cascade.engine import LAST_RESORT, Engine
 from shortlist.cascade.questions import Question
 from shortlist.serving.batching import Batcher, Late, Overloaded
+from shortlist.serving.budgeting import Budgets
 from shortlist.serving.logs import CALL
 from shortlist.serving.metrics import Metrics
 from shortlist.serving.schemas import Problem
@@ -39,6 +40,8 @@ class Server:
     batcher: Batcher
     metrics: Metrics
     config: ServerConfig
+    budgets: Budgets
+    """Sets what requests may cost."""
     watcher: Watcher | None = None
     """Follows a place of published runs; None = a single run is served."""
     shadow: Shadow | None = None
