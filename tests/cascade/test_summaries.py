@@ -13,6 +13,7 @@ from shortlist.cascade.live import Live
 from shortlist.cascade.summaries import ALL_EVENTS, refresh, summary_path, told, whole_histories
 from shortlist.errors import ConfigError
 from shortlist.store import summaries as files
+from shortlist.store.catalogue import CatalogueStore
 from shortlist.store.events import Event, EventStore
 from shortlist.store.summaries import SummaryStore
 
@@ -222,3 +223,22 @@ def test_summaries_of_long_and_short_users_do_not_depend_on_their_company(live):
             whole_histories(live, users[place : place + 1], live.users(users)[place : place + 1], None)
         )
         torch.testing.assert_close(alone.code[0].int(), together.code[place].int(), rtol=0, atol=1)
+
+
+def test_who_is_forgotten_has_no_summary_any_more(live, store, tmp_path):
+    """Wiped from the file at once, left out of the next one, and a new person when they come back."""
+    news = CatalogueStore(tmp_path / "events.db")
+    refresh(live, live.folder, events=store)
+    with Engine(live, catalogue=news) as engine:
+        assert live.cascade.memories.get("vista", ["user-3"])[0] is not None
+        done = engine.upkeep.forget_user(live, "user-3", None, None)
+        assert done.num_summaries == 1
+        assert live.cascade.memories.get("vista", ["user-3"]) == [None]
+        assert opened(live).get(["user-3", "user-4"])[0] is None
+    (again,) = refresh(live, live.folder, events=store)
+    assert again.num_users == NUM_USERS - 1
+    store.append(happened("user-3", [1, 2]))
+    (back,) = refresh(live, live.folder, events=store)
+    assert back.num_users == NUM_USERS
+    assert opened(live).get(["user-3"]) == [None]
+    assert int(opened(live).get([live.key("user-3")])[0]["num_events"]) == 2

@@ -154,13 +154,17 @@ def _summarising(live: Live) -> dict[str, Summarising]:
 def _everyone(live: Live, events: EventStore | None) -> tuple[list[Id], Int, Int]:
     """All users, their rows and their events in the run [U]: the run's, longest history first, then those of the event store alone.
 
-    The order does not change while events come in, so that a refresh can go on where it was.
+    Users who were forgotten are left out, or new ones where they came back. The order does not change while events come in, so that a
+    refresh can go on where it was.
     """
     lengths = np.diff(live.dataset.histories.offsets)
     rows = np.argsort(-lengths[1:], kind="stable") + 1
     users: list[Id] = live.dataset.user_ids.ids.gather(rows - 1).to_list()
+    if live.users.hides:
+        known = live.users(users) > 0
+        rows, users = rows[known], [user for user, is_known in zip(users, known.tolist()) if is_known]
     others = [] if events is None else events.users()
-    unknown = live.dataset.user_ids.encode(others) == 0
+    unknown = live.users(others) == 0
     others = [user for user, is_new in zip(others, unknown.tolist()) if is_new]
     rows = np.concatenate([rows, np.zeros(len(others), dtype=np.int64)])
     return [*users, *others], rows, lengths[rows]
@@ -182,7 +186,7 @@ def _refresh(
     head = SummaryHead(version=live.version, system=name, num_tokens=num_tokens, width=width)
     path = summary_path(folder, name)
     began, num_events = time.perf_counter(), 0
-    with torch.no_grad(), SummaryWriter(path, head, [str(user) for user in users], fresh=fresh) as writer:
+    with torch.no_grad(), SummaryWriter(path, head, [live.key(user) for user in users], fresh=fresh) as writer:
         num_resumed = writer.num_done
         item_ND = system.item_vectors()
         for start, stop in _chunks(lengths, writer.num_done):

@@ -31,7 +31,9 @@ def command(
     """
     from shortlist.cascade.live import load_live
     from shortlist.cascade.summaries import ALL_EVENTS, refresh, told
+    from shortlist.cascade.upkeep import Upkeep
     from shortlist.errors import DataError
+    from shortlist.store.catalogue import CatalogueStore
     from shortlist.store.events import EventStore
 
     folder = run.absolute()
@@ -41,6 +43,10 @@ def command(
     found = events or (beside if beside.exists() else None)
     live = load_live(folder)
     store = None if found is None else EventStore(found, max_per_user=ALL_EVENTS)
+    if found is not None:
+        news = CatalogueStore(found)
+        Upkeep(news).apply(live)  # users who were forgotten have no summary
+        news.close()
     try:
         with bars(shown=not quiet) as tell:
             done = refresh(
