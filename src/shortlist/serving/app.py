@@ -2,6 +2,7 @@
 
     GET  /v1/recommend/{user}?k=10     POST /v1/recommend     POST /v1/events
     GET  /v1/search?q=red+mug          POST /v1/search
+    POST /v1/ads, /v1/ads/click        GET, PUT /v1/ads/campaigns       GET, DELETE /v1/ads/campaigns/{campaign}
     GET  /v1/similar/{item}?k=10       POST /v1/similar       GET  /v1/explain/{request_id}
     POST /v1/items  DELETE /v1/items/{item}      POST /v1/users  DELETE /v1/users/{user}
     GET  /v1/admin/health, budget, budget/curve               PUT  /v1/admin/budget
@@ -101,6 +102,6 @@ def create_app(
         watcher=watcher,
         shadow=shadow,
     )
-    for routes in (recommend, search, similar, explain, events, entities, state, admin, budget, health):
+    for routes in (recommend, search, ads, similar, explain, events, entities, state, admin, budget, health):
         routes.add(app, server)
     return app
