@@ -1,6 +1,7 @@
 """Experiments as data: what is read and refused, who gets what, and pages of two teams."""
 
 import itertools
+import json
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from shortlist.cascade.experiments import (
     INTERLEAVED,
     Guardrail,
+    experiment_of,
     random_page,
     read_experiments,
     team_draft,
@@ -58,6 +60,8 @@ def test_what_is_written_is_what_is_read(experiments):
     assert ranker.knobs == {"run, chain or budget"}
     assert fresh.variants["unseen"].rules == Rules(seen="drop", deny=["a", 3])
     assert fresh.primary == "converted"
+    assert experiment_of("ranker", ranker.to_table()) == ranker
+    assert experiment_of("fresh", json.loads(json.dumps(fresh.to_table()))) == fresh
     assert set(fresh.all_metrics) == {"converted", "spent_ms", "degraded"}
 
 
@@ -133,7 +137,7 @@ def test_a_file_that_is_not_there_or_empty(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.toml can not be read"):
         read_experiments(tmp_path / "none.toml")
     (tmp_path / "empty.toml").write_text("")
-    with pytest.raises(ConfigError, match="has no"):
+    with pytest.raises(ConfigError, match=r"there is no \[experiments"):
         read_experiments(tmp_path / "empty.toml")
 
 

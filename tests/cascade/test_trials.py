@@ -11,7 +11,7 @@ from shortlist.cascade import trials as trials_module
 from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.experiments import INTERLEAVED, read_experiments
-from shortlist.cascade.exposures import read_exposures, read_stops
+from shortlist.cascade.exposures import defined_experiments, read_exposures, read_stops
 from shortlist.cascade.questions import Question
 from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.rules import Rules
@@ -204,6 +204,7 @@ def test_a_stopped_experiment_stays_stopped(engine):
         with pytest.raises(ConfigError, match="no experiment 'wide'; there are width"):
             trials.stop("wide", "typo")
     assert read_stops(engine.request_log.path) == {"width": "slower"}
+    assert defined_experiments(engine.request_log.path) == experiments
     assert Trials(engine, experiments).stopped == {"width": "slower"}
 
 

@@ -33,7 +33,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from shortlist.cascade.rules import NO_RULES, Rules
-from shortlist.cascade.settings import build, nearest, refuse_unknown
+from shortlist.cascade.settings import build, nearest, plain, refuse_unknown
 from shortlist.errors import ConfigError
 
 T = TypeVar("T")
@@ -181,6 +181,18 @@ class Experiment:
                     f"[experiments.{self.name}] {name} names the metric {metric!r}: {nearest(metric, self.all_metrics)}"
                 )
 
+    def to_table(self) -> dict[str, Any]:
+        """Nested tables; `experiment_of` gives the same experiment."""
+        variants = {name: plain(variant) for name, variant in self.variants.items()}
+        for table in variants.values():
+            table["rules"] = {name: value for name, value in table["rules"].items() if value != []}
+        return {
+            **plain(self.settings),
+            "variants": variants,
+            "metrics": {name: plain(metric) for name, metric in self.metrics.items()},
+            "guardrails": {name: plain(guardrail) for name, guardrail in self.guardrails.items()},
+        }
+
     @property
     def control(self) -> str:
         """Name of the first variant."""
@@ -242,16 +254,18 @@ def read_experiments(source: Path | str) -> dict[str, Experiment]:
         raise ConfigError(f"{where}: not TOML: {error}") from error
     try:
         refuse_unknown(table, ["experiments"], "file")
-        found = {name: _experiment(name, inner) for name, inner in _tables(table, "experiments", "file").items()}
+        tables = _tables(table, "experiments", "file")
+        if not tables:
+            raise ConfigError("there is no [experiments.NAME]")
+        found = {name: experiment_of(name, inner) for name, inner in tables.items()}
         _check_apart(list(found.values()))
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    if not found:
-        raise ConfigError(f"{where} has no [experiments.NAME]")
     return found
 
 
-def _experiment(name: str, table: Mapping[str, Any]) -> Experiment:
+def experiment_of(name: str, table: Mapping[str, Any]) -> Experiment:
+    """One experiment from nested tables; ConfigError where a setting is unknown or wrong."""
     path = f"experiments.{name}"
     own = {key: value for key, value in table.items() if key not in ("variants", "metrics", "guardrails")}
 

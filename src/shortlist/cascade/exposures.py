@@ -7,7 +7,7 @@ found in the events, by the unit's id and the time.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql.dml import Delete
 
+from shortlist.cascade.experiments import Experiment, experiment_of
 from shortlist.errors import DataError
 from shortlist.store.events import sqlite_engine
 
@@ -60,6 +61,12 @@ STOPS = Table(
     Column("experiment", String, primary_key=True),
     Column("at_ms", BigInteger, nullable=False),
     Column("reason", String, nullable=False),
+)
+DEFINED = Table(
+    "experiments",
+    METADATA,
+    Column("experiment", String, primary_key=True),
+    Column("definition", String, nullable=False),
 )
 MAX_ROWS = 2_000_000
 """Newest exposures kept, some 200 bytes each."""
@@ -153,6 +160,22 @@ def read_stops(path: Path) -> dict[str, str]:
     """Reason by experiment, of those that were stopped; DataError where the file can not be read."""
     with _opened(path) as connection:
         return {row.experiment: row.reason for row in connection.execute(select(STOPS))}
+
+
+def write_experiments(path: Path, experiments: Iterable[Experiment]) -> None:
+    """Keep what is served beside what comes of it, in place of earlier definitions of the same names."""
+    rows = [{"experiment": one.name, "definition": json.dumps(one.to_table())} for one in experiments]
+    with _opened(path) as connection, connection.begin():
+        for row in rows:
+            made = sqlite.insert(DEFINED).values(row)
+            connection.execute(made.on_conflict_do_update(index_elements=["experiment"], set_=row))
+
+
+def defined_experiments(path: Path) -> dict[str, Experiment]:
+    """Experiments that servers of this request log ran, by name; DataError where the file can not be read."""
+    with _opened(path) as connection:
+        rows = list(connection.execute(select(DEFINED).order_by(DEFINED.c.experiment)))
+    return {row.experiment: experiment_of(row.experiment, json.loads(row.definition)) for row in rows}
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.answers import Answer
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.experiments import INTERLEAVED, Experiment, Variant, random_page, team_draft
-from shortlist.cascade.exposures import Exposure, read_stops, write_stop
+from shortlist.cascade.exposures import Exposure, read_stops, write_experiments, write_stop
 from shortlist.cascade.live import Live, load_live
 from shortlist.cascade.pasts import MS
 from shortlist.cascade.questions import Question
@@ -82,6 +82,8 @@ class Trials:
                     self._open(variant)
                 except ConfigError as error:
                     raise ConfigError(f"[experiments.{experiment.name}.variants.{name}] {error}") from error
+        if engine.request_log is not None:
+            write_experiments(engine.request_log.path, self.experiments.values())
         self.look_for_stops()
 
     def answer(self, questions: Sequence[Question], *, deadline_ms: float | None = None) -> list[Outcome]:
