@@ -39,6 +39,8 @@ def command(
 
     if window not in ("valid", "test"):
         raise ConfigError(f"--window must be valid or test, got {window!r}")
+    if budget_ms is not None and resource != "ms":
+        raise ConfigError(f"--budget-ms marks a figure in ms, and --resource is {resource}; leave one of them out")
     loaded = load_run(run.absolute())
     if budget_ms is not None:
         loaded = replace(loaded, config=loaded.config.override(f"allocation.budget_ms={budget_ms}"))

@@ -18,10 +18,11 @@ from shortlist.cascade.allocation.costs import Tell
 from shortlist.cascade.allocation.outcomes import replay
 from shortlist.cascade.lessons import sample
 from shortlist.cascade.run import Run, as_of
+from shortlist.errors import ConfigError
 from shortlist.evaluation.chains import UNITS, WORTHS, chain_table
 from shortlist.evaluation.evidence import write_json
 from shortlist.evaluation.figures import ACCENT, INK, LINE, OTHER, WIDTH, empty_figure, inline
-from shortlist.evaluation.frontier import ARMS, Frontier, Point, frontier
+from shortlist.evaluation.frontier import ARMS, Frontier, Point, check_wishes, frontier
 from shortlist.evaluation.page import document, element, figures, prose, section, table
 from shortlist.evaluation.report import report_folder
 
@@ -84,8 +85,12 @@ def judge_budgets(
         calibration: of this run, where it has just been made; None = made here.
         tell: told of progress.
 
-    Raises ConfigError where the run has one chain alone, DataError where there are too few requests.
+    Raises ConfigError for what `check_wishes` refuses, before any work, and where the run has one chain alone; DataError where there are
+    too few requests.
     """
+    check_wishes(resource, arms)
+    if max_requests < 2:
+        raise ConfigError(f"max_requests must be at least 2, for intervals need two people, got {max_requests}")
     made = calibrate(run, seed=seed, tell=tell) if calibration is None else calibration
     test = made.judged
     if window == "test":
@@ -133,12 +138,14 @@ def saving_sentence(found: Frontier, arm: str) -> str:
     default, number = found.chains.names[found.default], RESOURCES.index(found.resource)
     paid = found.chains.costs_JC[found.default, number]
     saving, drawn = found.saving(arm), found.saving("mixture") if "mixture" in found.arms else float("nan")
-    start = f"The default chain ({default}) costs {paid:.2f} {UNITS[found.resource]} a request"
+    start = f"The default chain ({default}) costs {paid:.3g} {UNITS[found.resource]} a request"
     if np.isnan(saving):
         best = max(found.of(arm), key=lambda point: point.worth.mean)
         share = best.worth.mean / max(float(found.worth_J[found.default]), 1e-12)
         return f"{start}; {arm} does not reach its worth at any budget here (at best {share:.1%} of it)."
-    rival = "" if np.isnan(drawn) else f"; mixing chains at random would save {drawn:.0%}"
+    rival = ""
+    if arm != "mixture" and not np.isnan(drawn):
+        rival = f"; mixing chains at random would {f'save {drawn:.0%}' if drawn >= 0 else f'take {-drawn:.0%} more'}"
     return f"{start}; {arm} reaches the same worth for {1 - saving:.0%} of that{rival}."
 
 
@@ -217,7 +224,10 @@ def render(run: Run, report: BudgetReport) -> str:
         "people. `against mixture` compares it, request by request, with the best random mixture of fixed chains that costs the same. The "
         "oracle knows the true worth of every page and can not be served."
     )
-    agreement = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in made.costs.agreement.items())
+    agreement = ", ".join(
+        f"{name.replace('_', ' ')} {'not known' if np.isnan(value) else f'{value:.3f}'}"
+        for name, value in made.costs.agreement.items()
+    )
     return document(
         f"What a budget buys: {report.name}",
         head,

@@ -155,10 +155,9 @@ def frontier(
         settings: of an arm, where not its defaults.
         seed: of bootstrap and draws.
 
-    Raises ConfigError for an unknown resource, DataError for fewer than two users in `test`.
+    Raises ConfigError for what `check_wishes` refuses, DataError for fewer than two users in `test`.
     """
-    if resource not in RESOURCES:
-        raise ConfigError(f"resource must be one of {', '.join(RESOURCES)}, got {resource!r}")
+    check_wishes(resource, arms)
     if len(np.unique(test.users_R)) < 2:
         raise DataError("intervals need test requests of at least two people; give the test window a larger share")
     number = RESOURCES.index(resource)
@@ -168,7 +167,7 @@ def frontier(
         budgets = [float(low + step * (high - low)) for step in STEPS]
     judge = _Judge(chains, learn, aim, test, kept_J, number, seed)
     points: list[Point] = []
-    for arm in arms:
+    for arm in dict.fromkeys(arms):
         allocator, own_J = judge.fitted(arm, (settings or {}).get(arm, {}))
         points += [judge.point(arm, allocator, own_J, Budget(**{resource: limit})) for limit in budgets]
     return Frontier(
@@ -180,6 +179,17 @@ def frontier(
         num_requests=len(test),
         note=note,
     )
+
+
+def check_wishes(resource: str, arms: Sequence[str]) -> None:
+    """ConfigError for a resource that there is not, no arm at all, or one that is no allocator; UnknownSystem names what is near."""
+    if resource not in RESOURCES:
+        raise ConfigError(f"resource must be one of {', '.join(RESOURCES)}, got {resource!r}")
+    if not arms:
+        raise ConfigError(f"name at least one allocator, such as {', '.join(ARMS)}")
+    for arm in arms:
+        if not issubclass((entry := find(arm)).cls, Chooser):
+            raise ConfigError(f"{arm} is a {entry.kind} and can not be an arm; allocators are {', '.join(ARMS)}")
 
 
 class _Judge:
@@ -201,8 +211,7 @@ class _Judge:
             self.chains.select(own_J),
             self.learn.contexts_RF.shape[1],
         )
-        if not isinstance(made, Chooser):
-            raise ConfigError(f"{arm} is a {entry.kind} and can not be an arm of a frontier")
+        assert isinstance(made, Chooser)
         if arm != "oracle":
             made.fit(_columns(self.learn, own_J))
         return made, own_J
@@ -226,16 +235,17 @@ class _Judge:
 
     def _shares(self, arm: str, allocator: Chooser, own_J: Int, budget: Budget) -> Float:
         """[R, J'] chances of the arm's chains; a mixture is not drawn, which would only add noise."""
+        rng = np.random.default_rng(self.seed)
         if arm == "oracle":
             # It knows the very requests, so it is aimed at them, too.
             rewards_RJ, kind_R = self.test.rewards_RJ[:, own_J], np.zeros(len(self.test), dtype=np.int64)
             allocator.aim_at(budget, rewards_RJ, kind_R)
-            chain_R = allocator.choose_by(rewards_RJ, kind_R).chain_R
+            chain_R = allocator.choose_by(rewards_RJ, kind_R, rng=rng).chain_R
         else:
             allocator.aim(budget, self.aim.contexts_RF)
             if isinstance(allocator, Mixture):
                 return np.tile(allocator.share_J, (len(self.test), 1))
-            chain_R = allocator.choose(self.test.contexts_RF, rng=np.random.default_rng(self.seed)).chain_R
+            chain_R = allocator.choose(self.test.contexts_RF, rng=rng).chain_R
         return np.eye(len(own_J))[chain_R]
 
     def _mixture_J(self, costs_C: Float) -> Float:
