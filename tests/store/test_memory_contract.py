@@ -18,7 +18,7 @@ from shortlist.store import mapped_memories, redis_memories
 from shortlist.store.mapped_memories import HEAD_BYTES, MappedMemories
 from shortlist.store.memories import Memories
 from shortlist.store.redis_memories import RedisMemories
-from shortlist.store.shelf import open_shelf, packed, unpacked
+from shortlist.store.shelf import ShelfConfig, open_shelf, packed, unpacked
 
 MIB = 1 << 20
 
@@ -29,8 +29,8 @@ class Place:
     def __init__(self, where: str, restart):
         self.where, self.restart, self.opened = where, restart, []
 
-    def open(self, max_bytes=MIB, ttl_s=3_600.0):
-        self.opened.append(open_shelf(self.where, max_bytes=max_bytes, ttl_s=ttl_s))
+    def open(self, max_mib=1):
+        self.opened.append(open_shelf(self.where, ShelfConfig(max_mib=max_mib)))
         return self.opened[-1]
 
     def again(self, **settings):
@@ -145,7 +145,7 @@ def test_memories_survive_a_restart(place, shelf):
 
 
 def test_the_bound_is_never_passed_and_the_oldest_make_room(place):
-    shelf = place.open(max_bytes=MIB)
+    shelf = place.open()
     for n in range(400):
         shelf.put("v1", "a", [f"u{n}"], [memory(n, 2_000)])  # 8 kB
         assert shelf.status().num_bytes <= shelf.status().max_bytes <= MIB
@@ -512,13 +512,16 @@ def test_what_nobody_renews_expires_and_what_redis_drops_is_accounted_for(redis_
 def test_places_that_are_none(monkeypatch):
     for url in ("redis://me:secret@host:port/0", "redis://me:secret@host/0?socket_timeout=x"):
         with pytest.raises(ConfigError, match="URL of Redis can not be read") as refused:
-            open_shelf(url, max_bytes=MIB, ttl_s=1)
+            open_shelf(url, ShelfConfig(max_mib=1))
         assert "secret" not in str(refused.value)
     with pytest.raises(ConfigError, match="not on 'memcached'"):
-        open_shelf("memcached://host", max_bytes=MIB, ttl_s=1)
+        open_shelf("memcached://host", ShelfConfig(max_mib=1))
     with pytest.raises(ConfigError, match="at least 1 MiB"):
-        open_shelf("redis://host", max_bytes=1, ttl_s=1)
-    away = open_shelf("redis://me:secret@127.0.0.1:1/0", max_bytes=MIB, ttl_s=1)
+        RedisMemories("redis://host", 1_000, ttl_s=1)
+    for bad in ({"max_mib": 0}, {"ttl_hours": 0.0}):
+        with pytest.raises(ConfigError, match="max_mib of at least 1 and ttl_hours above 0"):
+            ShelfConfig(**bad)
+    away = open_shelf("redis://me:secret@127.0.0.1:1/0", ShelfConfig(max_mib=1))
     assert away.get("v1", "a", ["u"]) == [None]
     assert "secret" not in away.problem
 
@@ -527,5 +530,5 @@ def test_places_that_are_none(monkeypatch):
 
     monkeypatch.setattr(shortlist.extras, "import_module", missing)
     with pytest.raises(ConfigError, match=r"keeping memories in Redis needs .*pip install 'shortlist\[redis\]'"):
-        open_shelf("redis://host", max_bytes=MIB, ttl_s=1)
+        open_shelf("redis://host", ShelfConfig(max_mib=1))
     assert mapped_memories.MIN_BYTES == MIB

@@ -65,6 +65,8 @@ class Recall:
         self.share = sum(memory is not None for memory in found) / len(found)
         state, kept = system.recall(batch, found)
         self.memories.put(self.name, batch.key, kept)
+        if self.watch is not None and self.memories.problem is not None:
+            self.watch.problems.append(Problem(f"{self.name} went without memories: {self.memories.problem}"))
         if self.watch is not None and isinstance(system, Remarking):
             self.watch.problems += [Problem(f"{self.name} {text}", mask_B) for mask_B, text in system.remarks(state)]
         return state

@@ -27,13 +27,16 @@ from shortlist.cascade.answers import Answer, Circumstances, logged, make_answer
 from shortlist.cascade.arranging import laid_out, longer
 from shortlist.cascade.cascade import Page
 from shortlist.cascade.governor import Allotted, Decision, GovernorConfig, open_governor
-from shortlist.cascade.knowing import Known, find_out, reason_of, rulings_of, stored
+from shortlist.cascade.knowing import Known, find_out, reason_of, rulings_of
 from shortlist.cascade.last_resort import LAST_RESORT as LAST_RESORT
 from shortlist.cascade.last_resort import popular_page
 from shortlist.cascade.live import Live, load_live
 from shortlist.cascade.meter import Meter
-from shortlist.cascade.pasts import PastEvent, pasts
+from shortlist.cascade.pasts import PastEvent
 from shortlist.cascade.questions import Asked, Question, check, page_size, together
+from shortlist.cascade.recording import Recorded as Recorded
+from shortlist.cascade.recording import Seen as Seen
+from shortlist.cascade.recording import recorded, seen
 from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.rules import NO_RULES, Rules
 from shortlist.cascade.search import SearchConfig, find
@@ -47,6 +50,7 @@ from shortlist.errors import ConfigError, ShortlistError
 from shortlist.store.catalogue import CatalogueStore
 from shortlist.store.events import Event, EventStore
 from shortlist.store.memories import Memories
+from shortlist.store.shelf import Shelf, ShelfConfig, open_shelf
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +70,10 @@ class EngineConfig:
     batch_size: int = 256
     """Requests answered together by `recommend_many`."""
     memory_mib: int = 256
-    """Bound of what systems remember of users between requests, in MiB; 0 = nothing but what `shortlist refresh` wrote is remembered."""
+    """Bound of what systems remember of users between requests in this process, in MiB; 0 = nothing but what `shortlist refresh` wrote, and
+    what stands on a shelf."""
+    shelf: ShelfConfig = field(default_factory=ShelfConfig)
+    """What bounds the file or the Redis in which memories outlast the process."""
     governor: GovernorConfig = field(default_factory=GovernorConfig)
     """What a calibrated allocator may spend."""
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -84,32 +91,6 @@ class EngineConfig:
             raise ConfigError(f"deadline_ms must be above 0, got {self.deadline_ms}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recorded:
-    """What became of events."""
-
-    num_new: int
-    num_repeated: int
-    """Were there already under their event_id."""
-    num_unknown_users: int
-    """Not in the snapshot; kept."""
-    num_unknown_items: int
-    """Not in the catalogue; kept, and counted in histories once a snapshot knows the item."""
-    num_unknown_actions: int
-    """Not seen in training; kept, and read as the unknown action."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
-    """An event of a user's past, to be shown."""
-
-    item_id: Id
-    title: str | None
-    timestamp: int | None
-    """Seconds since 1970 UTC; None where it is not known, as in a log without a clock."""
-    action: str | None
-
-
 class Engine:
     """Answers requests over one run; safe to use from many threads.
 
@@ -118,6 +99,7 @@ class Engine:
         events: where events are kept; None = `record` is refused.
         catalogue: where news of items and users are kept; None = the run stands as it is.
         request_log: where answers are logged; None = nowhere.
+        shelf: where systems' memories of users outlast this process; None = they do not.
         config: bounds.
     """
 
@@ -128,10 +110,11 @@ class Engine:
         events: EventStore | None = None,
         request_log: RequestLog | None = None,
         catalogue: CatalogueStore | None = None,
+        shelf: Shelf | None = None,
         config: EngineConfig | None = None,
     ) -> None:
         self.swapping = threading.Lock()  # held while the run, or what it may spend, changes
-        self.events, self.request_log = events, request_log
+        self.events, self.request_log, self.shelf = events, request_log, shelf
         self.upkeep = None if catalogue is None else Upkeep(catalogue)
         """Tells the run what became of items and users since; None = nobody does."""
         self.config = config or EngineConfig()
@@ -149,6 +132,7 @@ class Engine:
         *,
         events: Path | str | None = None,
         request_log: Path | str | None = None,
+        memories: Path | str | None = None,
         config: EngineConfig | None = None,
     ) -> Engine:
         """Open a run.
@@ -156,19 +140,22 @@ class Engine:
         Args:
             folder: as `shortlist train --out` wrote it.
             events: SQLite file of events and of news of items and users, made when missing; keep it outside the run, which is replaced
-                as a whole.
+                as a whole. Or postgresql://..., which keeps the events alone.
             request_log: SQLite file of the request log, made when missing.
+            memories: file in which systems' memories of users outlast this process, made when missing, or redis://... to share them.
             config: bounds.
 
         Raises:
             SnapshotError: `folder` is no run or is damaged.
-            DataError: a file is no event store or no request log.
+            DataError: a file is no event store, request log or file of memories, or a database can not be used.
         """
+        config = config or EngineConfig()
         live = load_live(Path(folder))
-        store = None if events is None else EventStore(Path(events))
-        catalogue = None if events is None else CatalogueStore(events)
+        store = None if events is None else EventStore(events)
+        catalogue = None if store is None or store.path is None else CatalogueStore(store.path)
         log = None if request_log is None else RequestLog(Path(request_log))
-        return cls(live, events=store, request_log=log, catalogue=catalogue, config=config)
+        shelf = None if memories is None else open_shelf(memories, config.shelf)
+        return cls(live, events=store, request_log=log, catalogue=catalogue, shelf=shelf, config=config)
 
     @property
     def snapshot_version(self) -> str:
@@ -206,8 +193,9 @@ class Engine:
         backings, problems = open_summaries(live)
         live.governor, others = open_governor(live.folder, live.version, self.config.governor)
         live.problems = (*problems, *others)
-        wanted = self.config.memory_mib or backings
-        live.cascade.memories = Memories(self.config.memory_mib << 20, backings) if wanted else None
+        memories = Memories(self.config.memory_mib << 20, backings, shelf=self.shelf, snapshot=live.version)
+        wanted = self.config.memory_mib or backings or self.shelf is not None
+        live.cascade.memories = memories if wanted else None
         if self.upkeep is not None:
             self.upkeep.apply(live)
         return live
@@ -395,35 +383,11 @@ class Engine:
         """
         if self.events is None:
             raise ConfigError("this engine keeps no events; open it with events=PATH (command line: --events PATH)")
-        num_new = self.events.append(events)
-        live = self._live
-        named = [event.action for event in events if event.action is not None]
-        return Recorded(
-            num_new=num_new,
-            num_repeated=len(events) - num_new,
-            num_unknown_users=int((live.users([event.user for event in events]) == 0).sum()),
-            num_unknown_items=int((live.items([event.item for event in events]) == 0).sum()),
-            num_unknown_actions=int((live.action_ids(named) == 0).sum()),
-        )
+        return recorded(self._live, events, self.events.append(events))
 
     def history(self, user: Id, count: int = 10) -> list[Seen]:
         """The newest `count` events of a user, newest first; StoreUnavailable when the event store can not be read."""
-        live = self._live
-        past = pasts(
-            live.dataset.histories,
-            live.users([user]),
-            stored(live, self.events, [user]),
-            has_clock=live.dataset.space.has_clock,
-            newest=max(count, 1),
-        )
-        newest = slice(None, -count - 1, -1)
-        rows, actions = past.item[newest], past.action[newest].tolist()
-        times = past.time[newest].tolist() if live.dataset.space.has_clock else [None] * len(rows)
-        names = (None, *live.dataset.space.actions)
-        return [
-            Seen(item_id=live.id(row), title=live.title(row), timestamp=then, action=names[action])
-            for row, then, action in zip(rows.tolist(), times, actions)
-        ]
+        return seen(self._live, self.events, user, count)
 
     def close(self) -> None:
         """Write what waits for the request log and let go of the files."""
@@ -434,6 +398,8 @@ class Engine:
             self.events.close()
         if self.upkeep is not None:
             self.upkeep.store.close()
+        if self.shelf is not None:
+            self.shelf.close()
 
     def __enter__(self) -> Engine:
         return self

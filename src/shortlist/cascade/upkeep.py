@@ -138,7 +138,7 @@ class Upkeep:
             anew.append(done)
         memories = live.cascade.memories
         if memories is not None:
-            memories.forget(user)
+            anew.append(memories.forget(user))
             num_summaries = sum(backing.forget(user) for backing in memories.backings.values())
         return Forgotten(
             user=user,

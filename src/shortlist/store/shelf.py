@@ -24,6 +24,22 @@ from shortlist.models.base import Memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShelfConfig:
+    """What bounds a shelf."""
+
+    max_mib: int = 1_024
+    """Bound of a file of memories, or of all that servers share in Redis, in MiB."""
+    ttl_hours: float = 168.0
+    """In Redis, hours after which what nobody wrote again is dropped."""
+
+    def __post_init__(self) -> None:
+        if self.max_mib < 1 or self.ttl_hours <= 0:
+            raise ConfigError(
+                f"a shelf needs max_mib of at least 1 and ttl_hours above 0, got {self.max_mib} and {self.ttl_hours}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShelfStatus:
     """What stands on a shelf."""
 
@@ -64,18 +80,18 @@ class Shelf(Protocol):
         """Let go of it."""
 
 
-def open_shelf(where: Path | str, *, max_bytes: int, ttl_s: float) -> Shelf:
+def open_shelf(where: Path | str, config: ShelfConfig) -> Shelf:
     """The shelf at a path or a redis:// URL.
 
     Args:
         where: file, made when missing, or redis://host:port/number (rediss:// with TLS) with the extra `redis`.
-        max_bytes: bound of what is kept.
-        ttl_s: in Redis, seconds after which what nobody renewed is dropped.
+        config: bounds.
 
     Raises:
-        ConfigError: no such kind of place, a bound that is too small, a file that another process uses, a missing extra.
+        ConfigError: no such kind of place, a file that another process uses, a missing extra.
         DataError: the file is something else, or there is no room for it.
     """
+    max_bytes = config.max_mib << 20
     text = str(where)
     scheme, found, _ = text.partition("://")
     if isinstance(where, Path) or not found:
@@ -85,7 +101,7 @@ def open_shelf(where: Path | str, *, max_bytes: int, ttl_s: float) -> Shelf:
     if scheme in ("redis", "rediss"):
         from shortlist.store.redis_memories import RedisMemories
 
-        return RedisMemories(text, max_bytes, ttl_s=ttl_s)
+        return RedisMemories(text, max_bytes, ttl_s=config.ttl_hours * 3_600)
     raise ConfigError(f"memories stand in a file (a path) or in Redis (redis://host:6379/0), not on {scheme!r}")
 
 
