@@ -66,6 +66,8 @@ ROUTES = [
     ("DELETE", "/v1/users/u", "write"), ("GET", "/v1/admin", "admin"), ("GET", "/v1/admin/snapshots", "admin"),
     ("POST", "/v1/admin/publish", "admin"), ("POST", "/v1/later", "admin"), ("DELETE", "/", "admin"), ("POST", "/metrics", "admin"),
     ("GET", "/v1/health/live", None), ("GET", "/v1/health/ready", None), ("GET", "/docs", None), ("GET", "/openapi.json", None),
+    ("POST", "/v1/ads/click", "write"), ("PUT", "/v1/ads/campaigns", "write"), ("GET", "/v1/ads/campaigns/c", "write"),
+    ("PUT", "/v1/ads", "admin"), ("DELETE", "/v1/recommend", "admin"), ("POST", "/v1/similar/1", "admin"),
     ("POST", "/v1/recommendations", "admin"), ("GET", "/documents", "read"), ("GET", "/v1/administrators", "read"),
 ]  # fmt: skip
 

@@ -32,7 +32,7 @@ def command(
     name: Annotated[str | None, typer.Argument(help="Who has the key; revoke takes the key's id too.")] = None,
     file: Annotated[Path, typer.Option(help="File of keys, made by the first add.")] = Path("keys.json"),
     role: Annotated[
-        Role, typer.Option(help="read: pages; write: also events, items and users; admin: all.")
+        Role, typer.Option(help="read: pages; write: also events, items, users and campaigns; admin: all.")
     ] = Role.READ,
     json_: Json = False,
 ) -> None:

@@ -1,7 +1,7 @@
 """Who may ask what, and how often: decided from a request's head, before its body is read.
 
     port      /metrics and /v1/admin answer on the inner port alone, where there is one
-    key       pages: read; events, items and users: write; /v1/admin and what no rule names: admin; health and docs: none
+    key       pages: read; events, items, users, campaigns: write; /v1/admin and changes that no rule names: admin; health, docs: none
     rate      a bucket of tokens per key, per address where no key is asked for
 
 Refusals are one sentence with 401, 403, 404 or 429. Keys are never logged; a log names a key by its id.
@@ -29,9 +29,10 @@ OPEN = ("/v1/health", "/docs", "/openapi.json", "/static-offline-docs")
 """Paths for which nobody needs a key: a load balancer asks for the first, and the others are the same on every server."""
 INNER = ("/metrics", "/v1/admin")
 """Paths that move to the inner port, where there is one."""
-READ = ("/v1/recommend", "/v1/search", "/v1/ads", "/v1/similar", "/v1/explain")
-"""Paths that only read, whatever the method."""
+ASK = ("/v1/recommend", "/v1/search", "/v1/ads", "/v1/similar", "/v1/explain")
+"""Paths, and not what lies below them, to which POST is a question."""
 WRITE = ("/v1/events", "/v1/items", "/v1/users", "/v1/ads/click", "/v1/ads/campaigns")
+"""Paths at which data and money stand, whatever the method."""
 TRIES_PER_S, MAX_TRIES = 1.0, 10
 """Keys never proved before that one address may try: each costs some 50 ms of a core."""
 _LONGEST_KEY = 200
@@ -50,7 +51,7 @@ def needed(method: str, path: str) -> Role | None:
         return "admin"
     if below(path, WRITE):
         return "write"
-    return "read" if below(path, READ) or method in ("GET", "HEAD") else "admin"
+    return "read" if method in ("GET", "HEAD") or (method == "POST" and path in ASK) else "admin"
 
 
 class Guard:
