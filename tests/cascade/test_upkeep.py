@@ -69,6 +69,10 @@ def test_titles_and_attributes_count_at_once_and_after_a_restart(engine, tmp_pat
         assert next(item.title for item in answer.items if item.item_id == int(first)) == "A new name"
 
     check(engine)
+    by_words = Rules(filters=(Filter(field="title_words", equals="number"),), allow=[first], seen="keep")
+    assert ids(engine.recommend("user-3", rules=by_words)) == []
+    engine.upkeep.upsert_items(engine.live, [ItemUpdate(item="110", attributes={"title": "Told as a column"})])
+    assert engine.live.title(int(engine.live.items(["110"])[0])) == "Told as a column"
     with opened(tmp_path) as again:
         check(again)
         assert again.upkeep.store.items()[1].title == "Not in the run"

@@ -81,6 +81,9 @@ def test_bad_input_changes_nothing(store):
         ItemUpdate(item="a", attributes={str(i): i for i in range(201)}),
         ItemUpdate(item="a", attributes={"x": "y" * 70_000}),
         ItemUpdate(item="a", attributes={"x": object()}),
+        ItemUpdate(item="a", attributes={"x": "half a character: \ud800"}),
+        ItemUpdate(item="a", title="\ud800"),
+        ItemUpdate(item="\ud800"),
     ):
         with pytest.raises(DataError, match="item"):
             store.upsert_items([ItemUpdate(item="fine"), bad])

@@ -28,6 +28,7 @@ from shortlist.models.ranking.mmr import SetLikeness, VectorLikeness, comparable
 _MASKS = 32
 """Filters whose items are remembered."""
 _LARGEST = 1e300
+"""Whole numbers beyond it are no numbers here: they have no place among floating ones."""
 Mask = NDArray[np.bool_]
 
 
@@ -62,7 +63,7 @@ class Attributes:
                 raise ConfigError(f"{part.field!r} is a field of type {kind} and can not be filtered by")
             if part.is_range and not self._has_numbers(part.field):
                 raise ConfigError(f"{part.field!r} holds no numbers, so it has no at_least and at_most; use any_of")
-            if kind == "Numeric" and not all(_is_number(value) for value in part.values if not part.is_range):
+            if kind == "Numeric" and not part.is_range and not all(_is_number(value) for value in part.values):
                 raise ConfigError(f"{part.field!r} holds numbers; {part.values!r:.80} are none")
         for name in [quota.field for quota in rules.quotas or ()] + ([rules.mix.field] if rules.mix else []):
             if self.field(name).kind not in ("Categorical", "Sequence"):
@@ -200,13 +201,13 @@ def _text(value: Value) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def encoded(fitted: FittedField, raw: Sequence[Any]) -> Column:
     """Raw values of some items as the field has them; what can not be read is missing."""
     if fitted.kind == "Numeric":
-        numbers = [float(value) if _is_number(value) and abs(value) < _LARGEST else None for value in raw]
+        numbers = [float(value) if _is_number(value) else None for value in raw]
         return fitted.encode(pl.Series(fitted.column, numbers, dtype=pl.Float64))
     if fitted.kind == "Categorical":
         texts = [None if value is None or isinstance(value, list) else _text(value) for value in raw]

@@ -9,6 +9,7 @@ B users of a request, N newer events.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,24 +73,28 @@ class Numbers:
         self._vocabulary, self._max = vocabulary, max_remembered
         self._row_of: dict[Id | None, int] = {}
         self._hidden: Callable[[Id], bool] | None = None
+        self._changing = threading.Lock()
 
     def __call__(self, ids: Sequence[Id | None]) -> Int:
         """int64 [n], 0 where unknown; as Vocabulary.encode."""
-        row_of = self._row_of
+        row_of = remembered = self._row_of
         missing = [value for value in ids if value not in row_of]
         if missing:
             found = dict(zip(missing, self._vocabulary.encode(missing).tolist()))
             if self._hidden is not None:
                 found = {value: 0 if self.is_hidden(value) else row for value, row in found.items()}
             row_of = {**found, **{value: row_of[value] for value in ids if value in row_of}}
-            if len(self._row_of) + len(found) > self._max:
-                self._row_of = {}  # a fresh one, since other threads may be reading the old
-            self._row_of.update(found)
+            with self._changing:
+                if self._row_of is remembered:  # else what was found may not hold any more
+                    if len(remembered) + len(found) > self._max:
+                        self._row_of = {}  # a fresh one, since other threads may be reading the old
+                    self._row_of.update(found)
         return np.array([row_of[value] for value in ids], dtype=np.int64)
 
     def hide(self, is_hidden: Callable[[Id], bool]) -> None:
         """Ids for which it is true are unknown from now on."""
-        self._hidden, self._row_of = is_hidden, {}
+        with self._changing:
+            self._hidden, self._row_of = is_hidden, {}
 
     @property
     def hides(self) -> bool:

@@ -22,6 +22,8 @@ from shortlist.errors import ConfigError
 Value = str | int | float | bool
 MAX_PARTS = 100
 """Most filters, pins or quotas of one set of rules."""
+MAX_COUNT = 1_000_000
+"""Most items that a quota may speak of."""
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -52,6 +54,7 @@ class Filter:
             raise ConfigError(f"the filter of {self.field!r} needs one of equals, any_of, or at_least and at_most")
         if isinstance(self.any_of, str):
             raise ConfigError(f"the filter of {self.field!r}: any_of must be a list, got the text {self.any_of!r:.80}")
+        _check_text(f"the filter of {self.field!r}", (self.field, *self.values))
         for bound in (self.at_least, self.at_most):
             if bound is not None and not math.isfinite(bound):
                 raise ConfigError(f"the filter of {self.field!r} has the bound {bound}; give a finite number")
@@ -78,6 +81,7 @@ class Pin:
     """1 = on top; a place beyond the page is no place."""
 
     def __post_init__(self) -> None:
+        _check_text("a pin", [self.item])
         if self.position < 1:
             raise ConfigError(f"position of the pin {self.item!r} must be at least 1, got {self.position}")
 
@@ -98,12 +102,13 @@ class Quota:
     """So many at least, as far as there are any; those that the ranking did not bring stand last."""
 
     def __post_init__(self) -> None:
+        _check_text("a quota", [self.field, self.value])
         if self.most is None and self.least is None:
             raise ConfigError(f"the quota of {self.field!r} needs most or least")
         if self.least is not None and self.value is None:
             raise ConfigError(f"the quota of {self.field!r} says least and needs the value that is meant")
-        if (self.most is not None and self.most < 0) or (self.least is not None and self.least < 0):
-            raise ConfigError(f"the quota of {self.field!r} must not be negative")
+        if not all(0 <= count <= MAX_COUNT for count in (self.most, self.least) if count is not None):
+            raise ConfigError(f"the quota of {self.field!r} must be from 0 to {MAX_COUNT:,}")
         if self.most is not None and self.least is not None and self.most < self.least:
             raise ConfigError(f"the quota of {self.field!r} wants at least {self.least} and at most {self.most}")
 
@@ -171,6 +176,7 @@ class Rules:
         for name, ids in (("allow", self.allow), ("deny", self.deny)):
             if isinstance(ids, str | bytes):
                 raise ConfigError(f"{name} must be a list of item ids, got the text {ids!r:.80}")
+            _check_text(name, ids or ())
         if self.seen not in (None, "keep", "drop"):
             raise ConfigError(f"seen must be 'keep' or 'drop', got {self.seen!r}")
         if self.seen_days is not None and not 0 < self.seen_days < math.inf:
@@ -215,6 +221,14 @@ class Rules:
         """Fields that they name."""
         named = [part.field for part in (*self.filters, *(self.quotas or ()), *((self.mix,) if self.mix else ()))]
         return (*named, *(self.diversity.fields if self.diversity else ()))
+
+
+def _check_text(what: str, values: Sequence[object]) -> None:
+    """ConfigError for text that is half a character, as JSON can hold it: no id and no value has it."""
+    try:
+        "".join(map(str, values)).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what} holds text that is not Unicode ({error.reason})") from error
 
 
 NO_RULES = Rules()

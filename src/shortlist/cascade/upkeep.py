@@ -193,8 +193,10 @@ def _show(live: Live, items: Sequence[ItemNow]) -> None:
     known = [(row, item) for row, item in zip(rows.tolist(), items) if row]
     if not known:
         return
-    live.titles.update({row: item.title for row, item in known if item.title is not None})
-    told = [(row, item.attributes) for row, item in known if item.attributes]
+    column = live.dataset.schema.title or "title"
+    # A title is told by itself or as the column that the run takes titles from; either way it is both.
+    told = [(row, _with_title(item, column)) for row, item in known if item.attributes or item.title is not None]
+    live.titles.update({row: str(given[column]) for row, given in told if given.get(column) is not None})
     if told:
         live.attributes = live.attributes.patched(np.array([row for row, _ in told]), [given for _, given in told])
     if live.availability is not None or not all(item.available for _, item in known):
@@ -205,3 +207,7 @@ def _show(live: Live, items: Sequence[ItemNow]) -> None:
         available[torch.tensor([row for row, _ in known])] = torch.tensor([item.available for _, item in known])
         num_gone = live.dataset.num_items - int(available.sum())
         live.availability = Availability(available=available, num_gone=num_gone) if num_gone else None
+
+
+def _with_title(item: ItemNow, column: str) -> Mapping[str, Any]:
+    return item.attributes if item.title is None else {**item.attributes, column: item.title}

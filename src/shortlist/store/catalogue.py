@@ -130,7 +130,7 @@ class CatalogueStore:
     def upsert_items(self, updates: Sequence[ItemUpdate]) -> None:
         """Keep what is new about items; all or nothing. DataError names what is wrong, StoreUnavailable a store that can not be written."""
         for update in updates:
-            _check(update.item, update.attributes, "item")
+            _check(update.item, update.attributes, "item", title=update.title)
 
         def write(connection: Connection) -> None:
             known = _items(connection, [update.item for update in updates])
@@ -282,13 +282,15 @@ def _item(row: Any) -> ItemNow:
     )
 
 
-def _check(name: str, attributes: Mapping[str, Any], what: str) -> None:
+def _check(name: str, attributes: Mapping[str, Any], what: str, *, title: str | None = None) -> None:
     if not isinstance(name, str) or not 0 < len(name) <= MAX_ID_CHARS:
         raise DataError(f"{what} must be 1 to {MAX_ID_CHARS} characters of text, got {name!r:.80}")
     if len(attributes) > MAX_ATTRIBUTES:
         raise DataError(f"{what} {name!r:.80} has {len(attributes):,} attributes; at most {MAX_ATTRIBUTES} are kept")
     try:
-        plain = json.dumps(dict(attributes), allow_nan=False)
+        plain = json.dumps([name, title, dict(attributes)], allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} {name!r:.80} has text that is not Unicode ({error.reason})") from error
     except (TypeError, ValueError) as error:
         raise DataError(f"{what} {name!r:.80}: attributes must be plain values ({error})") from error
     if len(plain) > MAX_TEXT_BYTES:
