@@ -299,7 +299,11 @@ class TestChange:
         then, now = found.cost("mflop")
         assert now < then
         assert found.cost("calibrated") is None
-        assert "saved" in found.sentences[1]
+        assert (
+            found.sentences[1]
+            == f"A request cost {then:.3f} MFLOP then and {now:.3f} now ({1 - now / then:.0%} saved)."
+        )
+        assert not any("measured" in sentence for sentence in found.sentences)
 
     def test_moved_items_and_the_mean_of_their_moves(self, served, files):
         for d in again(served, files, Change(chain="a0-b1")).differences:
