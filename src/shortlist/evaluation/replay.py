@@ -38,7 +38,7 @@ Record = Mapping[str, Any]
 Tell = Callable[[str, int, int], None]
 
 
-def open_replay(folder: Path, change: Change, *, events: Path | None = None, seed: int = 0) -> Engine:
+def open_replay(folder: Path, change: Change, *, events: Path | str | None = None, seed: int = 0) -> Engine:
     """The engine that answers again: it logs nothing, waits for every stage, and remembers nothing between requests.
 
     Args:
