@@ -185,7 +185,7 @@ class Experiment:
         """Nested tables; `experiment_of` gives the same experiment."""
         variants = {name: plain(variant) for name, variant in self.variants.items()}
         for table in variants.values():
-            table["rules"] = {name: value for name, value in table["rules"].items() if value != []}
+            table["rules"] = {name: value for name, value in table["rules"].items() if value != [] or name == "allow"}
         return {
             **plain(self.settings),
             "variants": variants,
