@@ -51,6 +51,7 @@ from shortlist.cascade.meter import Meter
 from shortlist.cascade.run import Run, load_run, make_system, most_chosen, save_run
 from shortlist.cascade.sharing import Shared, fingerprint
 from shortlist.cascade.tasks import ActionLabels, ShownLabels, check_tasks, in_words, mean_auc
+from shortlist.cascade.warm import FirstWeights
 from shortlist.data.batches import Batch
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Histories, Int, Requests, View
@@ -131,15 +132,22 @@ def train_cascade(
 
 
 def train_unsaved(
-    dataset: Dataset, config: RunConfig | None, state: Path, *, progress: bool = True, shared: Shared | None = None
+    dataset: Dataset,
+    config: RunConfig | None,
+    state: Path,
+    *,
+    progress: bool = True,
+    shared: Shared | None = None,
+    first: FirstWeights | None = None,
 ) -> Run:
     """As `train_cascade`, but no run is written: for trials, of which only the measurements are wanted.
 
     Args:
         state: folder of the training state, which stays: a training that was stopped goes on from there, and a later one with other
             settings takes what has not changed.
+        first: weights that systems begin with; None = each begins with its own.
     """
-    return _trained(dataset, _settled(dataset, config), state, progress, shared)
+    return _trained(dataset, _settled(dataset, config), state, progress, shared, first)
 
 
 def _settled(dataset: Dataset, config: RunConfig | None) -> RunConfig:
@@ -157,9 +165,16 @@ def _settled(dataset: Dataset, config: RunConfig | None) -> RunConfig:
     return config
 
 
-def _trained(dataset: Dataset, config: RunConfig, state: Path, progress: bool, shared: Shared | None) -> Run:
+def _trained(
+    dataset: Dataset,
+    config: RunConfig,
+    state: Path,
+    progress: bool,
+    shared: Shared | None,
+    first: FirstWeights | None = None,
+) -> Run:
     with torch.random.fork_rng(devices=[]):
-        builder = _Builder(dataset, config, state, progress, shared)
+        builder = _Builder(dataset, config, state, progress, shared, first)
         builder.train()
         at_validation = builder.cascade(dataset.view("valid"))
         cascade = builder.cascade(dataset.view("test"))
@@ -179,8 +194,16 @@ def _trained(dataset: Dataset, config: RunConfig, state: Path, progress: bool, s
 class _Builder:
     """One call of `train_cascade`: what is trained so far."""
 
-    def __init__(self, dataset: Dataset, config: RunConfig, state: Path, progress: bool, shared: Shared | None) -> None:
-        self.dataset, self.config, self.state, self.progress = dataset, config, state, progress
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: RunConfig,
+        state: Path,
+        progress: bool,
+        shared: Shared | None,
+        first: FirstWeights | None = None,
+    ) -> None:
+        self.dataset, self.config, self.state, self.progress, self.first = dataset, config, state, progress, first
         self.shared = shared or Shared()
         self.shares_lessons = shared is not None
         """One training alone lets go of a stage's lessons when the stage is done."""
@@ -238,7 +261,9 @@ class _Builder:
         upstream += [f.name for f in system.space.pair_fields]
         choice = self.config.systems[name]
         settings = {key: value for key, value in trainer.deciding().items() if key not in FREE_SETTINGS}
-        learned = [settings, asdict(self.config.learning), self.config.surface.k] if feeds else [trainer.seed]
+        learned: list[Any] = [settings, asdict(self.config.learning), self.config.surface.k] if feeds else [trainer.seed]
+        if feeds and self.first is not None:
+            learned.append(self.first.give(name, system))
         self.prints[name] = fingerprint(self.data_print, [choice.system, asdict(choice.settings)], learned, upstream)
         validate = self._validation(system, stage, lessons)
         if not feeds:

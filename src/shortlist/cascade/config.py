@@ -8,6 +8,7 @@
     [index]                       how vector retrievers search the catalogue; [index.NAME] for one system
     [allocation]                  which chain a request gets, where stages have offers; [allocation.settings] of its allocator
     [energy]                      watts, PUE and grid that `shortlist energy` reckons with
+    [update]                      how and how often `shortlist update` learns from what came in since
     [stages.retrieval]            stages in the order in which they act; systems, keep, and further actions under `offers`
     [systems.NAME]                settings of one system; `system = "din"` gives a second instance another name
 
@@ -28,6 +29,7 @@ from typing import Any, Literal, TypeVar
 from shortlist.cascade.allocation.base import Allocator, Budget
 from shortlist.cascade.power import EnergyConfig
 from shortlist.cascade.rules import Rules
+from shortlist.cascade.schedule import UpdateConfig
 from shortlist.cascade.settings import Plain, build, nearest, parse_value, plain, refuse_unknown, toml
 from shortlist.data.roles import Roles
 from shortlist.data.splits import DataConfig
@@ -216,6 +218,7 @@ class RunConfig:
     """What is different for one of them: setting by name."""
     allocation: AllocationConfig = field(default_factory=AllocationConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
     stages: tuple[Stage, ...] = ()
     systems: Mapping[str, SystemChoice] = field(default_factory=dict)
     """Every system of the stages by its name in this run."""
@@ -257,6 +260,7 @@ class RunConfig:
             indexes=indexes,
             allocation=_allocation(_table(table, "allocation")),
             energy=build(EnergyConfig, _table(table, "energy"), "energy"),
+            update=build(UpdateConfig, _table(table, "update"), "update"),
             stages=stages,
             systems=MappingProxyType(systems),
         )
@@ -276,6 +280,7 @@ class RunConfig:
             # Where nothing is set, a run of one chain need not speak of it.
             "allocation": {} if self.allocation == AllocationConfig() else plain(self.allocation),
             "energy": plain(self.energy),
+            "update": plain(self.update),
             "stages": {stage.name: _stage_table(stage) for stage in self.stages},
             "systems": {name: {"system": c.system, **plain(c.settings)} for name, c in self.systems.items()},
         }
@@ -377,6 +382,7 @@ SECTIONS = (
     "index",
     "allocation",
     "energy",
+    "update",
     "stages",
     "systems",
 )

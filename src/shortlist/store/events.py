@@ -196,6 +196,23 @@ class EventStore:
         wanted = select(EVENTS.c.user_id).group_by(EVENTS.c.user_id).order_by(func.min(EVENTS.c.id))
         return self._database.read(lambda connection: list(connection.scalars(wanted)))
 
+    def last_number(self) -> int:
+        """Of the newest event, 0 where there is none. Numbers rise as events are kept and are never used twice."""
+        return int(self._database.read(lambda connection: connection.scalar(select(func.max(EVENTS.c.id)))) or 0)
+
+    def numbered(self, after: int, upto: int, *, chunk: int = 50_000) -> Iterator[Sequence[Any]]:
+        """Events with numbers above `after` and up to `upto`, in that order, in parts: rows of user_id, item_id, time_ms, action, value."""
+        columns = (EVENTS.c.user_id, EVENTS.c.item_id, EVENTS.c.time_ms, EVENTS.c.action, EVENTS.c.value)
+        wanted = select(EVENTS.c.id, *columns).where(EVENTS.c.id > bindparam("after"), EVENTS.c.id <= upto)
+        wanted = wanted.order_by(EVENTS.c.id).limit(chunk)
+
+        def part(after: int) -> Sequence[Any]:
+            return self._database.read(lambda connection: connection.execute(wanted, {"after": after}).all())
+
+        while rows := part(after):
+            after = rows[-1].id
+            yield [row[1:] for row in rows]
+
     def forget(self, user: str) -> tuple[int, bool]:
         """Wipe a user's events: how many there were, and whether the file was written anew; see store/erasing.py.
 
