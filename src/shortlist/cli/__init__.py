@@ -24,6 +24,7 @@ COMMANDS = {
     "ads": "Calibrate a run's scores to chances of clicks, for its ads.",
     "calibrate": "Find what each chain of a run costs and brings, and make its allocator.",
     "refresh": "Summarise every user's whole history for serving.",
+    "update": "Learn from what came in since a run was trained, and publish.",
     "publish": "Publish a run to a place that servers follow, or go back in it.",
     "serve": "Serve a trained run over HTTP.",
     "console": "Watch and steer a running server in a browser.",
