@@ -140,7 +140,7 @@ class Engine:
         Args:
             folder: as `shortlist train --out` wrote it.
             events: SQLite file of events and of news of items and users, made when missing; keep it outside the run, which is replaced
-                as a whole. Or postgresql://..., which keeps the events alone.
+                as a whole. Or postgresql://..., for servers that share them.
             request_log: SQLite file of the request log, made when missing.
             memories: file in which systems' memories of users outlast this process, made when missing, or redis://... to share them.
             config: bounds.
@@ -152,7 +152,7 @@ class Engine:
         config = config or EngineConfig()
         live = load_live(Path(folder))
         store = None if events is None else EventStore(events)
-        catalogue = None if store is None or store.path is None else CatalogueStore(store.path)
+        catalogue = None if events is None else CatalogueStore(events)
         log = None if request_log is None else RequestLog(Path(request_log))
         shelf = None if memories is None else open_shelf(memories, config.shelf)
         return cls(live, events=store, request_log=log, catalogue=catalogue, shelf=shelf, config=config)

@@ -39,6 +39,13 @@ Threads = Annotated[
         help="Threads of PyTorch, LightGBM and FAISS; default: their own choice. 1 is fastest for small models on a busy machine.",
     ),
 ]
+EventsAt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH|URL",
+        help="Event store of the server: a file, or postgresql://...; default: RUN.events.db where there is one.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")]
 Settings = Annotated[
     list[str] | None,
@@ -149,16 +156,27 @@ def called_as() -> str:
     return shlex.join(["shortlist", *ARGUMENTS.get()])
 
 
-def open_engine(run: Path, events: Path | None) -> Engine:
-    """The run, with the events of the file given, else of the one that a server keeps beside the run, if any."""
-    from shortlist.cascade.engine import Engine
+def events_at(folder: Path, given: str | None) -> Path | str | None:
+    """Where a run's events are: the URL or file that is given, else the file that a server keeps beside the run, if any.
+
+    Raises DataError where the given file is missing.
+    """
     from shortlist.errors import DataError
 
-    if events is not None and not events.exists():
-        raise DataError(f"{events}: no such file; give the event store that the server writes, or leave --events out")
+    if given is None:
+        beside = folder.with_name(f"{folder.name}.events.db")
+        return beside if beside.exists() else None
+    if "://" not in given and not Path(given).exists():
+        raise DataError(f"{given}: no such file; give the event store that the server writes, or leave --events out")
+    return given
+
+
+def open_engine(run: Path, events: str | None) -> Engine:
+    """The run, with the events at the place given, else those that a server keeps beside the run, if any."""
+    from shortlist.cascade.engine import Engine
+
     folder = run.absolute()
-    beside = folder.with_name(f"{folder.name}.events.db")
-    return Engine.load(folder, events=events or (beside if beside.exists() else None))
+    return Engine.load(folder, events=events_at(folder, events))
 
 
 def with_log(function: Callable[..., None]) -> Callable[..., None]:

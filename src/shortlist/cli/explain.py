@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortlist.cli._options import Json, RunFolder, open_engine
+from shortlist.cli._options import EventsAt, Json, RunFolder, open_engine
 
 if TYPE_CHECKING:
     from shortlist.cascade.explain import Below, Explanation, Reason
@@ -24,9 +23,7 @@ def command(
         str | None,
         typer.Option(help="Item ids, oldest first, separated by commas, in place of the user's own history."),
     ] = None,
-    events: Annotated[
-        Path | None, typer.Option(help="Event store of the server; default: RUN.events.db where there is one.")
-    ] = None,
+    events: EventsAt = None,
     json_: Json = False,
 ) -> None:
     """Say why a person gets each item: who found it, its place in every stage, the past events nearest to it.

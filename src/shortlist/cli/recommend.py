@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shortlist.cli._options import Quiet, open_engine
+from shortlist.cli._options import EventsAt, Quiet, open_engine
 from shortlist.cli._rules import RulesFile, read_rules
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ def command(
         str | None,
         typer.Option(help="Item ids, oldest first, separated by commas, in place of the user's own history."),
     ] = None,
-    events: Annotated[
-        Path | None, typer.Option(help="Event store of the server; default: RUN.events.db where there is one.")
-    ] = None,
+    events: EventsAt = None,
     rules: RulesFile = None,
     users: Annotated[
         Path | None,
@@ -72,7 +70,7 @@ def command(
 
 def _write(
     run: Path,
-    events: Path | None,
+    events: str | None,
     users: Path,
     out: Path,
     k: int | None,

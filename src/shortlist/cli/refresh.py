@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from shortlist.cli._bar import bars
-from shortlist.cli._options import Json, Quiet, RunFolder
+from shortlist.cli._options import EventsAt, Json, Quiet, RunFolder, events_at
 
 
 def command(
     run: RunFolder,
-    events: Annotated[
-        Path | None,
-        typer.Option(help="SQLite file of events; default: RUN.events.db beside the run, where there is one."),
-    ] = None,
+    events: EventsAt = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on from a refresh that was stopped.")] = False,
     quiet: Quiet = False,
     json_: Json = False,
@@ -32,15 +28,11 @@ def command(
     from shortlist.cascade.live import load_live
     from shortlist.cascade.summaries import ALL_EVENTS, refresh, told
     from shortlist.cascade.upkeep import Upkeep
-    from shortlist.errors import DataError
     from shortlist.store.catalogue import CatalogueStore
     from shortlist.store.events import EventStore
 
     folder = run.absolute()
-    if events is not None and not events.exists():
-        raise DataError(f"{events}: no such file; give the event store that the server writes, or leave --events out")
-    beside = folder.with_name(f"{folder.name}.events.db")
-    found = events or (beside if beside.exists() else None)
+    found = events_at(folder, events)
     live = load_live(folder)
     store = None if found is None else EventStore(found, max_per_user=ALL_EVENTS)
     if found is not None:

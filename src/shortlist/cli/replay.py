@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shortlist.cli._bar import bars
-from shortlist.cli._options import Json, Quiet, RunFolder, Threads
+from shortlist.cli._options import EventsAt, Json, Quiet, RunFolder, Threads, events_at
 
 if TYPE_CHECKING:
     from shortlist.cascade.rules import Rules
@@ -21,9 +21,7 @@ def command(
     log: Annotated[
         Path | None, typer.Option(help="Request log of the server; default: RUN.requests.db beside the run.")
     ] = None,
-    events: Annotated[
-        Path | None, typer.Option(help="Event store of the server; default: RUN.events.db where there is one.")
-    ] = None,
+    events: EventsAt = None,
     day: Annotated[str | None, typer.Option(help="Requests of this day (UTC), such as 2024-05-31.")] = None,
     since: Annotated[
         str | None,
@@ -82,8 +80,7 @@ def command(
         rules=_rules(rules, allow, deny),
     )
     path = _there(log, folder.with_name(f"{folder.name}.requests.db"), "request log", "--log")
-    beside = folder.with_name(f"{folder.name}.events.db")
-    store = None if events is None and not beside.exists() else _there(events, beside, "event store", "--events")
+    store = events_at(folder, events)
     with open_replay(folder if other is None else other, change, events=store, seed=seed) as engine:
         records = RequestLog(path)
         try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from shortlist.cli._options import Json, RunFolder, open_engine
+from shortlist.cli._options import EventsAt, Json, RunFolder, open_engine
 from shortlist.cli.recommend import page_lines
 
 
@@ -19,9 +18,7 @@ def command(
     ] = None,
     user: Annotated[str | None, typer.Option(help="Who is asking; without it, nobody in particular.")] = None,
     k: Annotated[int | None, typer.Option(help="Items on the page; default: as the run says.")] = None,
-    events: Annotated[
-        Path | None, typer.Option(help="Event store of the server; default: RUN.events.db where there is one.")
-    ] = None,
+    events: EventsAt = None,
     json_: Json = False,
 ) -> None:
     """Print what a query finds, or make the text index with vectors beside the run. A server takes a new index when it starts.

@@ -18,8 +18,27 @@ def command(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 = any free one.")] = 8000,
     events: Annotated[
-        Path | None, typer.Option(help="SQLite file for events; default: RUN.events.db beside the run.")
+        str | None,
+        typer.Option(
+            metavar="PATH|URL",
+            help="SQLite file for events, or postgresql://user:password@host/name for several servers; "
+            "default: RUN.events.db beside the run.",
+        ),
     ] = None,
+    memories: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|URL",
+            help="File in which what systems remember of users outlasts a restart, or redis://host:6379/0 to share it "
+            "among servers; default: it is forgotten.",
+        ),
+    ] = None,
+    memory_mib: Annotated[
+        int, typer.Option(min=0, help="Bound of what systems remember of users in this process, in MiB.")
+    ] = 256,
+    memories_mib: Annotated[
+        int, typer.Option(min=1, help="Bound of the file or the Redis of --memories, in MiB.")
+    ] = 1_024,
     request_log: Annotated[
         Path | None, typer.Option(help="SQLite file for the request log; default: RUN.requests.db beside the run.")
     ] = None,
@@ -83,6 +102,7 @@ def command(
 
     Example: shortlist serve RUN --port 8000
     """
+    from shortlist.errors import ConfigError
     from shortlist.serving.settings import ServerConfig, bind, bind_admin
     from shortlist.serving.workers import Opening, serve, serve_many
 
@@ -101,6 +121,8 @@ def command(
         max_batch=max_batch,
         time_limit_ms=time_limit_ms,
     )
+    if memories is not None and "://" not in memories and workers > 1:
+        raise ConfigError("a file of memories belongs to one process; with --workers give --memories redis://...")
     folder = run.absolute()
     opening = Opening(
         folder=folder,
@@ -108,6 +130,9 @@ def command(
         events=events or folder.with_name(f"{folder.name}.events.db"),
         request_log=request_log or folder.with_name(f"{folder.name}.requests.db"),
         config=config,
+        memories=memories,
+        memory_mib=memory_mib,
+        memories_mib=memories_mib,
         deadline_ms=deadline_ms,
         allocate=allocate,
         budget_ms=budget_ms,

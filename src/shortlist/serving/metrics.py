@@ -100,6 +100,7 @@ class _ServerState(Collector):
         yield CounterMetricFamily(
             "shortlist_workers_replaced", "Workers that hung and were replaced.", value=self._batcher.num_replaced
         )
+        yield from _memories(self._engine)
         governor = self._engine.live.governor
         if governor is not None:
             prices = GaugeMetricFamily(
@@ -119,3 +120,38 @@ class _ServerState(Collector):
         yield InfoMetricFamily(
             "shortlist_snapshot", "The snapshot that answers now.", value={"version": self._engine.snapshot_version}
         )
+
+
+def _memories(engine: Engine) -> Iterator[Metric]:
+    """What systems remember of users, by the place where it is, each within its bound."""
+    memories = engine.live.cascade.memories
+    if memories is None:
+        return
+    status = memories.status()
+    places = [("process", status.num_bytes, status.max_bytes, status.num_entries)]
+    found = [("process", status.num_hits - status.num_shelved - status.num_read), ("summaries", status.num_read)]
+    if status.shelf is not None:
+        shelf = status.shelf
+        places.append((shelf.kind, shelf.num_bytes, shelf.max_bytes, shelf.num_entries))
+        found.append((shelf.kind, status.num_shelved))
+        yield GaugeMetricFamily(
+            "shortlist_memories_away", "1 while the place of memories can not be used.", value=shelf.problem is not None
+        )
+        yield CounterMetricFamily(
+            "shortlist_memories_evicted", "Memories that had to make room.", value=shelf.num_evicted
+        )
+    for name, text, column in (
+        ("shortlist_memory_bytes", "Bytes of what systems remember of users.", 1),
+        ("shortlist_memory_limit_bytes", "Their bound.", 2),
+        ("shortlist_memory_entries", "Memories kept.", 3),
+    ):
+        family = GaugeMetricFamily(name, text, labels=["place"])
+        for place in places:
+            family.add_metric([str(place[0])], float(place[column]))
+        yield family
+    lookups = CounterMetricFamily(
+        "shortlist_memory_lookups", "Questions for a memory, by where it was found.", labels=["place"]
+    )
+    for name, count in (*found, ("nowhere", status.num_misses)):
+        lookups.add_metric([name], count)
+    yield lookups

@@ -47,6 +47,12 @@ class Opening:
     request_log: Path
     """Where answers are logged."""
     config: ServerConfig
+    memories: Path | str | None = None
+    """Where memories of users outlast a process, as `Engine.load` takes it; None = nowhere."""
+    memory_mib: int = 256
+    """Bound of memories in a process, in MiB."""
+    memories_mib: int = 1_024
+    """Bound of what `memories` names, in MiB."""
     deadline_ms: float | None = None
     """Time after which no stage is waited for; None = wait."""
     allocate: bool = True
@@ -91,6 +97,7 @@ def serve(opening: Opening, listener: socket.socket, admin: socket.socket | None
     from shortlist.serving.shadow import Shadow, ShadowConfig
     from shortlist.serving.watching import Watcher
     from shortlist.store.published import Place, is_place, served_run
+    from shortlist.store.shelf import ShelfConfig
 
     governor = GovernorConfig(
         allocate=opening.allocate,
@@ -104,7 +111,13 @@ def serve(opening: Opening, listener: socket.socket, admin: socket.socket | None
                 served_run(opening.folder),
                 events=opening.events,
                 request_log=opening.request_log,
-                config=EngineConfig(deadline_ms=opening.deadline_ms, governor=governor),
+                memories=opening.memories,
+                config=EngineConfig(
+                    deadline_ms=opening.deadline_ms,
+                    memory_mib=opening.memory_mib,
+                    shelf=ShelfConfig(max_mib=opening.memories_mib),
+                    governor=governor,
+                ),
             )
         )
         watcher = shadow = budgets = None
