@@ -21,7 +21,6 @@ import numpy as np
 
 from shortlist.cascade.allocation.base import RESOURCES, Allocator, Budget, ChainSet, Float, Int, Outcomes
 from shortlist.cascade.allocation.body import Chooser
-from shortlist.cascade.allocation.mixture import Mixture
 from shortlist.cascade.allocation.outcomes import prune
 from shortlist.cascade.allocation.solver import best_mixture
 from shortlist.cascade.settings import build
@@ -234,19 +233,14 @@ class _Judge:
         )
 
     def _shares(self, arm: str, allocator: Chooser, own_J: Int, budget: Budget) -> Float:
-        """[R, J'] chances of the arm's chains; a mixture is not drawn, which would only add noise."""
-        rng = np.random.default_rng(self.seed)
+        """[R, J'] chances of the arm's chains; nothing is drawn, which would only add noise."""
         if arm == "oracle":
             # It knows the very requests, so it is aimed at them, too.
             rewards_RJ, kind_R = self.test.rewards_RJ[:, own_J], np.zeros(len(self.test), dtype=np.int64)
             allocator.aim_at(budget, rewards_RJ, kind_R)
-            chain_R = allocator.choose_by(rewards_RJ, kind_R, rng=rng).chain_R
-        else:
-            allocator.aim(budget, self.aim.contexts_RF)
-            if isinstance(allocator, Mixture):
-                return np.tile(allocator.share_J, (len(self.test), 1))
-            chain_R = allocator.choose(self.test.contexts_RF, rng=rng).chain_R
-        return np.eye(len(own_J))[chain_R]
+            return allocator.chances_by(rewards_RJ, kind_R)
+        allocator.aim(budget, self.aim.contexts_RF)
+        return allocator.chances(self.test.contexts_RF)
 
     def _mixture_J(self, costs_C: Float) -> Float:
         """[J] chances of the best mixture, by what chains brought where was learned, that costs as much of the budget's resource."""

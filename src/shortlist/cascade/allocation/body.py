@@ -202,7 +202,11 @@ class Chooser(Allocator):
 
     def chances(self, contexts_RF: NDArray[np.float32], *, most_C: Float | None = None) -> Float:
         """[R, J]: the chance with which `choose` gives each chain; sums of one. What off-policy estimates need."""
-        return self._chances(self.values(contexts_RF), self._may_KJ(most_C), self.kinds(contexts_RF))
+        return self.chances_by(self.values(contexts_RF), self.kinds(contexts_RF), most_C=most_C)
+
+    def chances_by(self, values_RJ: Float, kind_R: Int, *, most_C: Float | None = None) -> Float:
+        """`chances` for requests whose values [R, J] and kinds [R] are known."""
+        return self._chances(values_RJ, self._may_KJ(most_C), kind_R)
 
     def observe(self, spent: Spent) -> None:
         """Move prices a share `rho` towards those of this window's requests, at what chains cost in it; a window of none moves nothing."""
