@@ -152,7 +152,7 @@ def frontier(
         budgets: per request; None = `STEPS`.
         arms: names of allocators.
         settings: of an arm, where not its defaults.
-        seed: of bootstrap and draws.
+        seed: of the bootstrap.
 
     Raises ConfigError for what `check_wishes` refuses, DataError for fewer than two users in `test`.
     """
