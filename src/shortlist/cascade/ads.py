@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from shortlist.cascade.engine import Engine
 
 Float = NDArray[np.float64]
+LOOK_S = 1.0
+"""Seconds between two looks for money that was set aside and is free again."""
 Finding = Callable[[Live, Asked, list[str]], Known]
 """What is known of who asks; problems are added to the list."""
 
@@ -192,6 +194,7 @@ class Ads:
         self.store = None if engine.events is None else CampaignStore(engine.events.database)
         """Campaigns and their money; None = the engine keeps nothing, and prices are only told."""
         self._engine, self._find_out = engine, known
+        self._looked = 0.0
         self._calibration: Calibration | None = None
         self._rows: dict[str, tuple[Campaign, Live, Int]] = {}
 
@@ -319,6 +322,9 @@ class Ads:
         accounts: list[Account] = []
         if self.store is not None:
             try:
+                if abs(now - self._looked) > LOOK_S:
+                    self._looked = now
+                    self.store.give_back(now=now)
                 accounts = self.store.accounts()
             except StoreUnavailable as error:
                 problems.append(f"campaigns can not be read, so there are no ads: {error}")

@@ -55,6 +55,8 @@ MAX_ITEMS = 10_000
 DAY_MS = 86_400_000
 KEEP_MS = DAY_MS
 """How long an ad that nobody clicked is remembered after its window, so that a late click can still be charged."""
+_WIPE_MS = 60_000
+"""Time between two clearings of what is old."""
 Pacing = Literal["bid", "throttle", "none"]
 OPEN, RELEASED, CHARGED, UNPAID = range(4)
 """States of an ad that was shown: its price is set aside; it was given back; it was charged; clicked when no money was left."""
@@ -279,15 +281,15 @@ class CampaignStore:
                     set_={**row, "change": CAMPAIGNS.c.change + 1},
                     where=CAMPAIGNS.c.spent + CAMPAIGNS.c.reserved <= row["budget"],
                 )
-                done = connection.execute(statement).rowcount
-                now = connection.execute(select(CAMPAIGNS).where(CAMPAIGNS.c.campaign == row["campaign"])).one()
+                done = connection.execute(statement.returning(CAMPAIGNS)).all()
                 if not done:
+                    now = connection.execute(select(CAMPAIGNS).where(CAMPAIGNS.c.campaign == row["campaign"])).one()
                     used = (now.spent + now.reserved) / MICROS
                     raise ConfigError(
                         f"the budget of {row['campaign']!r} can not be {row['budget'] / MICROS:g}: {used:g} is spent or set aside for "
                         "ads that people still see; set at least that, or delete the campaign"
                     )
-                kept.append(_account_of(now))
+                kept.append(_account_of(done[0]))
             return kept
 
         return self._write(work)
@@ -379,10 +381,14 @@ class CampaignStore:
         now_ms = _ms(now)
         return self._write(lambda connection: _charge(connection, request_id, slot, now_ms))
 
-    def give_back(self, *, now: float | None = None) -> None:
-        """Give back what was set aside for ads whose window is over; `reserve` does so by itself."""
+    def give_back(self, *, now: float | None = None) -> bool:
+        """Give back what was set aside for ads whose window is over: whether there was any. What `reserve` sets aside has it in already."""
         now_ms = _ms(now)
-        self._write(lambda connection: self._give_back(connection, now_ms))
+        due = select(SHOWN.c.id).where(SHOWN.c.state == OPEN, SHOWN.c.release_ms <= now_ms).limit(1)
+        is_due = self._database.read(lambda connection: connection.scalar(due)) is not None
+        if is_due or abs(now_ms - self._wiped_ms) > _WIPE_MS:
+            self._write(lambda connection: self._give_back(connection, now_ms))
+        return is_due
 
     def forget(self, user: str) -> None:
         """Wipe the marks by which ads per user were counted."""
@@ -406,11 +412,10 @@ class CampaignStore:
         for campaign, price, expected in _summed(rows):
             back = {"reserved": CAMPAIGNS.c.reserved - price, "expected": CAMPAIGNS.c.expected - expected}
             connection.execute(update(CAMPAIGNS).where(CAMPAIGNS.c.campaign == campaign).values(**back))
-        if rows or now_ms - self._wiped_ms > 60_000:
+        if abs(now_ms - self._wiped_ms) > _WIPE_MS:
+            self._wiped_ms = now_ms
             old = (SHOWN.c.state == RELEASED) & (SHOWN.c.release_ms <= now_ms - KEEP_MS)
             connection.execute(delete(SHOWN).where(old))
-        if now_ms - self._wiped_ms > 60_000:
-            self._wiped_ms = now_ms
             marked = SHOWN.c.viewer.is_not(None) & (SHOWN.c.at_ms <= now_ms - DAY_MS)
             connection.execute(update(SHOWN).where(marked).values(viewer=None))
 
