@@ -27,6 +27,7 @@ from shortlist.cli import COMMANDS, build
 from shortlist.errors import ConfigError
 from shortlist.evaluation.runs import is_run
 from shortlist.serving.app import create_app
+from shortlist.store.published import served_run
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -84,7 +85,7 @@ class Reader:
     def call(self, words: list[str]) -> None:
         if words[1] == "serve":
             parsed = parse(words[1:])
-            self.served = str(parsed["run"])
+            self.served = str(served_run(Path(str(parsed["run"]))))
             assert is_run(Path(self.served))
             return
         line = shlex.join(words)
