@@ -129,6 +129,14 @@ def test_an_unregistered_campaign_has_no_budget_but_its_clicks_are_kept(opened):
     assert store.account("nobody") is None
 
 
+def test_names_that_no_database_takes_are_refused(opened):
+    store = opened()
+    for ask in (store.account, store.remove, lambda name: store.click(name, 1)):
+        for name in ("", "a\0b", "\ud800", "x" * 600):
+            with pytest.raises(ConfigError):
+                ask(name)
+
+
 def test_the_last_micro_can_be_spent_and_no_more(opened):
     store = opened()
     store.put(replace(SPRING, budget=0.3))

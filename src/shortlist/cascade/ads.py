@@ -49,6 +49,7 @@ from shortlist.store.campaigns import (
     Charge,
     Refused,
     Showing,
+    check_id,
     to_micros,
 )
 from shortlist.store.events import StoreUnavailable
@@ -532,6 +533,7 @@ def _brought(
     """Rows and bids, in micros, by campaign, in the order of names and items: whoever names them in another order gets the same ads."""
     bids = []
     for place, candidate in enumerate(candidates):
+        check_id("campaign", candidate.campaign)
         bid = candidate.bid
         if bid is None:
             if candidate.campaign not in by_name:

@@ -137,7 +137,7 @@ class Campaign:
     """Most ads of it that one user sees within 24 hours; None = any number."""
 
     def __post_init__(self) -> None:
-        _check_id("campaign", self.campaign)
+        check_id("campaign", self.campaign)
         for name in ("budget", "bid", "reserve"):
             if not 0 <= getattr(self, name) <= MAX_MONEY:
                 raise ConfigError(f"{name} of a campaign is money from 0 to {MAX_MONEY:g}, got {getattr(self, name)}")
@@ -156,7 +156,7 @@ class Campaign:
         if not 1 <= len(self.items) <= MAX_ITEMS:
             raise ConfigError(f"a campaign has from 1 to {MAX_ITEMS:,} items, got {len(self.items):,}")
         for item in self.items:
-            _check_id("item", item)
+            check_id("item", item)
         if self.pacing not in ("bid", "throttle", "none"):
             raise ConfigError(f"pacing {self.pacing!r} is unknown; choose from bid, throttle, none")
         if self.max_per_day is not None and self.max_per_day < 1:
@@ -296,12 +296,14 @@ class CampaignStore:
 
     def remove(self, campaign: str) -> bool:
         """End a campaign: it is shown no more, clicks on what people still see are charged. False where there is none."""
+        check_id("campaign", campaign)
         gone = update(CAMPAIGNS).where(CAMPAIGNS.c.campaign == campaign, ~CAMPAIGNS.c.deleted)
         gone = gone.values(deleted=True, change=CAMPAIGNS.c.change + 1)
         return bool(self._write(lambda connection: connection.execute(gone).rowcount))
 
     def account(self, campaign: str) -> Account | None:
         """A campaign and its money; None where there is none, or it was deleted."""
+        check_id("campaign", campaign)
         wanted = select(CAMPAIGNS).where(CAMPAIGNS.c.campaign == campaign, ~CAMPAIGNS.c.deleted)
         row = self._database.read(lambda connection: connection.execute(wanted).first())
         return None if row is None else _account_of(row)
@@ -375,9 +377,10 @@ class CampaignStore:
         """Charge a click. When this returns the charge is durable; telling it again charges nothing.
 
         Raises:
-            DataError: no such ad is known.
+            DataError: no such ad is known. ConfigError: that is no id.
             StoreUnavailable: the store can not be written; tell it again.
         """
+        check_id("request_id", request_id)
         now_ms = _ms(now)
         return self._write(lambda connection: _charge(connection, request_id, slot, now_ms))
 
@@ -542,7 +545,8 @@ def _campaign_of(row: Any) -> Campaign:
     )
 
 
-def _check_id(name: str, given: Any) -> None:
+def check_id(name: str, given: Any) -> None:
+    """ConfigError where an id is no text that every database takes."""
     if not isinstance(given, str) or not 0 < len(given) <= MAX_ID_CHARS:
         raise ConfigError(f"{name} must be 1 to {MAX_ID_CHARS} characters of text, got {given!r:.80}")
     if "\0" in given or any("\ud800" <= char <= "\udfff" for char in given):
