@@ -23,6 +23,7 @@ from cli_support import succeeds
 from docs_support import write
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.engine import Engine
+from shortlist.cascade.experiments import read_experiments
 from shortlist.cli import COMMANDS, build
 from shortlist.errors import ConfigError
 from shortlist.evaluation.runs import is_run
@@ -72,7 +73,7 @@ class Reader:
                 case "python":
                     exec(compile(block.text, f"{page.name}, block {done}", "exec"), names)
                 case "toml":
-                    RunConfig.from_toml(block.text)
+                    (read_experiments if "[experiments." in block.text else RunConfig.from_toml)(block.text)
                     if block.title:
                         Path(block.title).write_text(block.text)
                 case "bash":
