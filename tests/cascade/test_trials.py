@@ -120,6 +120,7 @@ def test_two_experiments_at_once(engine):
     with Trials(engine, read_experiments(text)) as trials:
         answers = trials.answer([Question(user=user) for user in USERS])
     assert len({tuple(sorted(answer.variants.items())) for answer in answers}) == 4
+    assert sum(trials.shown.values()) == 80
     assert Counter(row.experiment for row in exposed(engine)) == {"width": 40, "r": 40}
     dropped = [answer for answer in answers if answer.variants["r"] == "b"]
     assert all("seen" in answer.removed for answer in dropped)
@@ -228,6 +229,7 @@ def test_a_budget_has_an_engine_of_its_own_that_follows_swaps(engine, monkeypatc
         trials.answer([])
         assert other.snapshot_version == "two"
         assert other.live is not engine.live
+        assert other.live.cascade.memories is not engine.live.cascade.memories
         assert other.live.governor.config.budget == Budget(ms=2.5)
 
 

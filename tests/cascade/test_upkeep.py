@@ -123,7 +123,7 @@ def test_a_forgotten_user_is_wiped_and_unknown(engine, tmp_path):
     engine.upkeep.upsert_users(engine.live, {"user-5": {"city": "hidden-place"}})
     engine.live.cascade.memories.put("counts", ["user-5"], [{"x": torch.zeros(1)}])
     engine.request_log.flush()
-    done = engine.upkeep.forget_user(engine.live, "user-5", engine.events, engine.request_log)
+    done = engine.forget("user-5")
     assert (done.in_snapshot, done.num_events, done.num_requests, done.written_anew) == (True, 2, 1, True)
     assert engine.live.cascade.memories.get("counts", ["user-5"]) == [None]
     assert engine.request_log.find(told["user-5"].request_id) is None

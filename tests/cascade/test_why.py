@@ -133,6 +133,36 @@ def test_fields_of_user_and_request_are_left_out_one_by_one(engine):
     assert len(live.cascade.run(many, k=3, candidates=candidates, chain=part).traces) == 2
 
 
+def test_what_became_of_an_item(engine):
+    """By the rule that kept it away, or the stage that lost it."""
+    seen = last_item("user-3")
+    rules = Rules(deny=["101"], filters=(Filter(field="price", at_most=5),), seen="drop")
+    answer = engine.recommend("user-3", rules=rules)
+
+    def became(item):
+        told = why(engine, answer.request_id, item)
+        assert told.asked.item_id == item
+        return told.asked
+
+    first = ids(answer)[0]
+    assert (became(first).place, became(first).lost_by, became(first).rules) == (1, None, ())
+    assert became(first).title == answer.items[0].title
+    assert became("nowhere").lost_by == "catalogue"
+    assert became(101).lost_by == "deny"
+    assert became(106).lost_by == "filters.price"  # its price is 6
+    assert seen - 100 < 40
+    assert "seen" in became(seen).rules
+    stages = engine.request_log.find(answer.request_id)["stages"]
+    by_name = {stage["name"]: stage["items"] for stage in stages}
+    lost = next(item for item in by_name["retrieval"] if item not in by_name["ranking"])
+    assert (became(lost).last_stage, became(lost).lost_by) == ("retrieval", "ranking")
+    late = next(item for item in by_name["ranking"] if item not in by_name["re-ranking"])
+    assert became(late).lost_by == "re-ranking"
+    assert why(engine, answer.request_id).asked is None
+    own = engine.recommend("user-3", 2, candidates=["120", "121"])
+    assert why(engine, own.request_id, 130).asked.lost_by == "candidates"
+
+
 def test_another_snapshot_tells_what_it_can(engine):
     answer = engine.recommend("user-3", rules=Rules(filters=(Filter(field="shelf", equals="shelf-1"),)))
     engine._live = shop_live(seed=1, version="two")

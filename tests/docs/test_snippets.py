@@ -23,10 +23,12 @@ from cli_support import succeeds
 from docs_support import write
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.engine import Engine
+from shortlist.cascade.experiments import read_experiments
 from shortlist.cli import COMMANDS, build
 from shortlist.errors import ConfigError
 from shortlist.evaluation.runs import is_run
 from shortlist.serving.app import create_app
+from shortlist.store.published import served_run
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -71,7 +73,7 @@ class Reader:
                 case "python":
                     exec(compile(block.text, f"{page.name}, block {done}", "exec"), names)
                 case "toml":
-                    RunConfig.from_toml(block.text)
+                    (read_experiments if "[experiments." in block.text else RunConfig.from_toml)(block.text)
                     if block.title:
                         Path(block.title).write_text(block.text)
                 case "bash":
@@ -84,7 +86,7 @@ class Reader:
     def call(self, words: list[str]) -> None:
         if words[1] == "serve":
             parsed = parse(words[1:])
-            self.served = str(parsed["run"])
+            self.served = str(served_run(Path(str(parsed["run"]))))
             assert is_run(Path(self.served))
             return
         line = shlex.join(words)

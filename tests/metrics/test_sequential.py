@@ -108,6 +108,16 @@ def test_a_real_difference_is_found():
     assert course.mean[-1] == pytest.approx(values[treated].mean() - values[~treated].mean(), abs=0.004)
 
 
+def test_a_steady_metric_far_from_0_is_known_soon():
+    """Milliseconds around 100 that hardly vary: the first units, compared with nothing, must not blur all that follows."""
+    rng = np.random.default_rng(0)
+    treated = rng.random(600) < 0.5
+    course = difference(100 + treated + rng.normal(0, 0.5, 600), treated, planned=500)
+    assert 0.8 < course.low[-1] < 1 < course.high[-1] < 1.2
+    assert len(course) == 600
+    assert np.isinf(course.high[:100]).all()
+
+
 def test_terms_are_unbiased_given_the_past_by_enumeration():
     """Of four units, over all 16 assignments: the mean of the terms is the difference of the two worlds."""
     if_treated, if_not, share = np.array([1.0, 4, 2, 8]), np.array([0.0, 3, 5, 1]), 0.3

@@ -446,6 +446,8 @@ def test_the_api_description_lists_every_route(reader):
         "/v1/users",
         "/v1/users/{user}",
         "/v1/events",
+        "/v1/experiments",
+        "/v1/experiments/{name}/stop",
         "/v1/health/live",
         "/v1/health/ready",
         "/metrics",

@@ -36,6 +36,8 @@ def test_a_page_is_explained_until_it_is_gone(client):
     assert told["scored_by"] == "ranking"
     assert any(item["events"] for item in told["items"])
     assert told["notes"] == []
+    about = client.get(f"/v1/explain/{page['request_id']}?item=nowhere").json()
+    assert about["asked"]["lost_by"] == "catalogue"
     gone = client.get("/v1/explain/0123456789abcdef")
     assert gone.status_code == 404
     assert "not in the request log" in gone.json()["error"]

@@ -49,6 +49,7 @@ from shortlist.store.campaigns import (
     Charge,
     Refused,
     Showing,
+    check_id,
     to_micros,
 )
 from shortlist.store.events import StoreUnavailable
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from shortlist.cascade.engine import Engine
 
 Float = NDArray[np.float64]
+LOOK_S = 1.0
+"""Seconds between two looks for money that was set aside and is free again."""
 Finding = Callable[[Live, Asked, list[str]], Known]
 """What is known of who asks; problems are added to the list."""
 
@@ -192,6 +195,7 @@ class Ads:
         self.store = None if engine.events is None else CampaignStore(engine.events.database)
         """Campaigns and their money; None = the engine keeps nothing, and prices are only told."""
         self._engine, self._find_out = engine, known
+        self._looked = 0.0
         self._calibration: Calibration | None = None
         self._rows: dict[str, tuple[Campaign, Live, Int]] = {}
 
@@ -319,6 +323,9 @@ class Ads:
         accounts: list[Account] = []
         if self.store is not None:
             try:
+                if abs(now - self._looked) > LOOK_S:
+                    self._looked = now
+                    self.store.give_back(now=now)
                 accounts = self.store.accounts()
             except StoreUnavailable as error:
                 problems.append(f"campaigns can not be read, so there are no ads: {error}")
@@ -526,6 +533,7 @@ def _brought(
     """Rows and bids, in micros, by campaign, in the order of names and items: whoever names them in another order gets the same ads."""
     bids = []
     for place, candidate in enumerate(candidates):
+        check_id("campaign", candidate.campaign)
         bid = candidate.bid
         if bid is None:
             if candidate.campaign not in by_name:

@@ -17,11 +17,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from shortlist.cascade.cascade import Cascade, Page
 from shortlist.cascade.lessons import chunks, make_batch, sample, sample_shown
@@ -94,21 +95,22 @@ class Calibration:
         return np.clip(found_n, LEAST, 1 - LEAST)
 
     def save(self, path: Path) -> None:
-        """Write JSON into the place of `path`."""
-        write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
+        """Write JSON into the place of `path`; SnapshotError where that can not be."""
+        try:
+            write_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
+        except OSError as error:
+            raise SnapshotError(f"{path} can not be written: {error.strerror or error}") from error
 
     @classmethod
     def load(cls, path: Path, *, version: str) -> Calibration:
         """Read what `save` wrote; SnapshotError where it is damaged or of another version of the run."""
         try:
-            told: dict[str, Any] = json.loads(path.read_text())
-            values: dict[str, Any] = {
-                n: tuple(value) if isinstance(value, list) else value for n, value in told.items()
-            }
-            made = cls(**values)
-            made.chances(np.zeros((1, len(made.systems))))
+            made = TypeAdapter(cls).validate_json(path.read_text())
+            if not np.isfinite(made.chances(np.zeros((1, len(made.systems))))).all():
+                raise ValueError("its numbers are not finite")
         except (OSError, ValueError, TypeError) as error:
-            raise SnapshotError(f"{path} is damaged ({error}); run `shortlist ads` on the run again") from error
+            reason = " ".join(str(error).split())[:200]
+            raise SnapshotError(f"{path} is damaged ({reason}); run `shortlist ads` on the run again") from error
         if made.version != version:
             raise SnapshotError(
                 f"{path} is of version {made.version} of the run, which now is {version}; run `shortlist ads` on it again"

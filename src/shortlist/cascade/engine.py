@@ -43,7 +43,7 @@ from shortlist.cascade.search import SearchConfig, find
 from shortlist.cascade.similar import Similar, similar
 from shortlist.cascade.summaries import open_summaries
 from shortlist.cascade.traced import Traced as Traced
-from shortlist.cascade.upkeep import Upkeep
+from shortlist.cascade.upkeep import Forgotten, Upkeep
 from shortlist.data.jagged import Jagged
 from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError, ShortlistError
@@ -384,6 +384,17 @@ class Engine:
         if self.events is None:
             raise ConfigError("this engine keeps no events; open it with events=PATH (command line: --events PATH)")
         return recorded(self._live, events, self.events.append(events))
+
+    def forget(self, user: Id) -> Forgotten:
+        """Wipe a user's past from all files and know the user no more; see cascade/upkeep.py for what that takes in.
+
+        ConfigError where the engine was opened without a store, StoreUnavailable where a file can not be written: call again later.
+        """
+        if self.upkeep is None:
+            raise ConfigError(
+                "this engine keeps nothing; open it with events=PATH (on the command line: --events PATH)"
+            )
+        return self.upkeep.forget_user(self._live, str(user), self.events, self.request_log, self.ads.store)
 
     def history(self, user: Id, count: int = 10) -> list[Seen]:
         """The newest `count` events of a user, newest first; StoreUnavailable when the event store can not be read."""

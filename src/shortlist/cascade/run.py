@@ -28,7 +28,7 @@ from shortlist.cascade.indexing import load_indexes, save_indexes, still_valid
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import View
 from shortlist.data.schema import Space
-from shortlist.errors import ConfigError, SnapshotError
+from shortlist.errors import ConfigError, DataError, SnapshotError
 from shortlist.models.base import System, load_weights
 from shortlist.store.snapshot import REMEDY, Manifest, load_tensors, read_snapshot, save_tensors, write_snapshot
 
@@ -139,6 +139,17 @@ def load_run(folder: Path, *, device: torch.device | str = "cpu", verify: bool =
     """
     folder = Path(folder)
     manifest = read_snapshot(folder, verify=verify)
+    try:
+        return _read_run(folder, manifest, device)
+    except DataError as error:
+        raise SnapshotError(f"{folder} is damaged: {error}; {REMEDY}") from error
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise SnapshotError(
+            f"{folder} is damaged: its files do not fit each other ({type(error).__name__}: {error}); {REMEDY}"
+        ) from error
+
+
+def _read_run(folder: Path, manifest: Manifest, device: torch.device | str) -> Run:
     dataset = Dataset.load(folder / "dataset")
     config = RunConfig.from_toml(folder / CONFIG)
     known = load_tensors(folder / SYSTEMS / "known_items.safetensors")
@@ -163,6 +174,7 @@ def load_run(folder: Path, *, device: torch.device | str = "cpu", verify: bool =
             ) from error
         systems[name].to(device)
     popular = load_tensors(folder / POPULAR)["rows"]
+    _check_sizes(folder, dataset, popular)
     return Run(
         folder=folder,
         dataset=dataset,
@@ -171,6 +183,22 @@ def load_run(folder: Path, *, device: torch.device | str = "cpu", verify: bool =
         metrics=_read_json(folder / METRICS),
         version=manifest.version,
     )
+
+
+def _check_sizes(folder: Path, dataset: Dataset, popular: Tensor) -> None:
+    """SnapshotError where tables do not hold the rows that others point to; else that came out while somebody asks."""
+    space, titles = dataset.space, dataset.titles
+    counts = {
+        "dataset/items.parquet": (len(dataset.item_ids), space.num_items),
+        "dataset/users.parquet": (len(dataset.user_ids), len(dataset.histories.offsets) - 2),
+        "dataset/titles.parquet": (space.num_items + 1 if titles is None else len(titles), space.num_items + 1),
+    }
+    for name, (found, wanted) in counts.items():
+        if found != wanted:
+            raise SnapshotError(f"{folder / name} is damaged: it has {found:,} rows where {wanted:,} belong; {REMEDY}")
+    fits = popular.dtype == torch.int64 and popular.dim() == 1
+    if not fits or (len(popular) and not 1 <= int(popular.min()) <= int(popular.max()) <= space.num_items):
+        raise SnapshotError(f"{folder / POPULAR} is damaged: it does not hold rows of the catalogue; {REMEDY}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

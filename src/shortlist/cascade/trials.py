@@ -14,6 +14,7 @@ import copy
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,6 +75,8 @@ class Trials:
         self._folder = folder or Path()
         self._rng, self._drawing = np.random.default_rng(seed), threading.Lock()
         self._stopped: dict[str, str] = {}
+        self.shown: Counter[tuple[str, str]] = Counter()
+        """Pages by experiment and variant, since the start."""
         self._base, self._adopting = engine.live, threading.Lock()
         self._engines: dict[tuple[str, Budget], Engine] = {}
         for experiment in self.experiments.values():
@@ -107,8 +110,11 @@ class Trials:
             self._finished(plan, [found[place, team] for team in range(len(plan.sides))], exposures)
             for place, plan in enumerate(plans)
         ]
-        if exposures and self.engine.request_log is not None:
-            self.engine.request_log.expose(exposures)
+        if exposures:
+            with self._drawing:
+                self.shown.update((exposure.experiment, exposure.variant) for exposure in exposures)
+            if self.engine.request_log is not None:
+                self.engine.request_log.expose(exposures)
         return made
 
     def stop(self, name: str, reason: str) -> None:
@@ -253,7 +259,7 @@ class Trials:
         """Make the variant's engine where it needs one, and refuse what its run can not do."""
         key = _key(variant)
         if key != _key(Variant()) and key not in self._engines:
-            live = copy.copy(self._base) if not variant.run else load_live(served_run(self._folder / variant.run))
+            live = load_live(served_run(self._folder / variant.run)) if variant.run else _twin(self._base)
             governor = self.engine.config.governor
             budget = governor.budget if key[1] == Budget() else key[1]
             engine = Engine(
@@ -280,8 +286,15 @@ class Trials:
             if self._base is not base:
                 for (run, _), engine in self._engines.items():
                     if not run:
-                        engine.adopt(copy.copy(base))
+                        engine.adopt(_twin(base))
                 self._base = base
+
+
+def _twin(live: Live) -> Live:
+    """The same run with a governor and memories of its own."""
+    twin = copy.copy(live)
+    twin.cascade = copy.copy(live.cascade)
+    return twin
 
 
 def _key(variant: Variant) -> tuple[str, Budget]:

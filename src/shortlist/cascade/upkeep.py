@@ -25,6 +25,7 @@ from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.ruling import Availability
 from shortlist.data.batches import Batch
 from shortlist.data.vocabulary import Id
+from shortlist.store.campaigns import CampaignStore
 from shortlist.store.catalogue import CatalogueStore, ItemNow, ItemUpdate, digest
 from shortlist.store.events import EventStore, StoreUnavailable
 
@@ -120,8 +121,15 @@ class Upkeep:
             num_unknown_attributes=sum(name not in columns for values in attributes.values() for name in values),
         )
 
-    def forget_user(self, live: Live, user: str, events: EventStore | None, log: RequestLog | None) -> Forgotten:
-        """Wipe a user: attributes, events, answers, memories, summaries. May be called again where it failed half-way.
+    def forget_user(
+        self,
+        live: Live,
+        user: str,
+        events: EventStore | None,
+        log: RequestLog | None,
+        campaigns: CampaignStore | None = None,
+    ) -> Forgotten:
+        """Wipe a user: attributes, marks of ads seen, events, answers, memories, summaries. May be called again where it failed half-way.
 
         Raises StoreUnavailable where a file can not be written; the user is unknown all the same.
         """
@@ -130,6 +138,8 @@ class Upkeep:
         with self._lock:
             self._renew(live)
         num_events = num_requests = num_summaries = 0
+        if campaigns is not None:
+            campaigns.forget(user)
         if events is not None:
             num_events, done = events.forget(user)
             anew.append(done)

@@ -21,8 +21,10 @@ from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.config import Chain
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.explain import Below, Explanation, FoundBy, Near, OwnPast, explain, newest_events
+from shortlist.cascade.fate import Fate, fate
 from shortlist.cascade.live import Live
 from shortlist.cascade.repeating import as_question
+from shortlist.cascade.rules import NO_RULES
 from shortlist.cascade.traced import Traced
 from shortlist.data.batches import Batch, History
 from shortlist.data.jagged import Jagged
@@ -115,6 +117,8 @@ class Why:
     """The stage whose scores `events` and `fields` speak of."""
     near_by: str | None
     """What `near` measures."""
+    asked: Fate | None
+    """What became of the item that was asked about; None where none was."""
     notes: tuple[str, ...] = field(default=())
     """What could not be found out, and why."""
 
@@ -123,8 +127,8 @@ class Why:
         return asdict(self)
 
 
-def why(engine: Engine, request_id: str) -> Why | None:
-    """What is known of an answered request; None where it is not, or no longer, in the log.
+def why(engine: Engine, request_id: str, item: Id | None = None) -> Why | None:
+    """What is known of an answered request, and of one item in it, shown or not; None where it is not, or no longer, in the log.
 
     ConfigError where the engine keeps no request log.
     """
@@ -158,6 +162,7 @@ def why(engine: Engine, request_id: str) -> Why | None:
         rules=rules,
         scored_by=None if moved is None else moved.stage,
         near_by=None if told is None else told.near_by,
+        asked=None if item is None else _fate(live, found, item, traced),
         notes=tuple(notes),
     )
 
@@ -180,6 +185,15 @@ def _asked_again(engine: Engine, live: Live, found: Mapping[str, Any], notes: li
     rows = torch.from_numpy(live.items(found["page"]))
     page = replace(traced.page, rows=rows[None], scores=torch.zeros(1, len(rows)))
     return replace(traced, page=page)
+
+
+def _fate(live: Live, found: Mapping[str, Any], item: Id, traced: Traced | None) -> Fate:
+    try:
+        rules = as_question(found).rules.over(live.rules)
+        live.check_rules(rules)
+    except ShortlistError:
+        rules = NO_RULES
+    return fate(live, found, item, rules, None if traced is None else traced.batch)
 
 
 def _item(

@@ -28,13 +28,11 @@ def command(
     """
     from shortlist.cascade.click_chance import ClickConfig, clicks_path, fit_calibration, reliability_lines
     from shortlist.cascade.run import load_run
-    from shortlist.store.snapshot import check_writable
 
     config = ClickConfig(method=method, max_requests=max_requests)  # type: ignore[arg-type]  # refuses others
     folder = run.absolute()
     path = clicks_path(folder)
     loaded = load_run(folder)
-    check_writable(path)
     made, bins = fit_calibration(loaded, config)
     made.save(path)
     if json_:

@@ -86,6 +86,9 @@ def command(
     workers: Annotated[
         int, typer.Option(min=1, help="Processes that share the port, the events and the snapshot.")
     ] = 1,
+    experiments: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="TOML file with [experiments.NAME] to run.")
+    ] = None,
     shadow: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Another run that answers a share of the traffic unseen.")
     ] = None,
@@ -139,6 +142,7 @@ def command(
         budget_mflop=budget_mflop,
         capacity_ms=capacity_ms,
         target_ms=target_ms,
+        experiments=experiments,
         shadow=shadow,
         shadow_share=shadow_share,
     )

@@ -37,6 +37,8 @@ from shortlist.metrics._arrays import Array, Floats, Integers, finite, integers,
 
 LEAST_UNITS = 100
 """Before so many units there is no interval: the sequence holds in the limit, and stops that come too early are not it."""
+LEAST_PER_ARM = 10
+"""Units of each arm whose outcomes only give the first means that later ones are held against."""
 LEAST_DEVIATIONS = 25.0
 """Nor before so many of them really differ; of 10,000 units of which 3 bought, 3 do. It is (sum d^2)^2 / sum d^4, d from the mean."""
 _CONCENTRATION = 100.0
@@ -131,8 +133,23 @@ def difference_terms(values: Array, treated: Array, *, share: float = 0.5) -> Fl
 def difference(
     values: Array, treated: Array, *, share: float = 0.5, alpha: float = 0.05, planned: int = 10_000
 ) -> Course:
-    """Treated arm's mean minus the other's with its confidence sequence; arguments as of the two above."""
-    return confidence_sequence(difference_terms(values, treated, share=share), alpha=alpha, planned=planned)
+    """Treated arm's mean minus the other's with its confidence sequence; arguments as of the two above.
+
+    The sequence begins once both arms have `LEAST_PER_ARM` units: terms of units before, whose m_a are means of hardly anything, are far
+    off and would widen it for long. When that is depends on the assignment alone, so the terms after stay unbiased.
+    """
+    term_n = difference_terms(values, treated, share=share)
+    in_n = to_numpy(treated).astype(bool)
+    fewest_n = np.minimum(np.cumsum(in_n), np.cumsum(~in_n))
+    start = int(np.searchsorted(fewest_n, LEAST_PER_ARM, side="left")) + 1
+    early_n = term_n[:start].cumsum() / np.arange(1, len(term_n[:start]) + 1)
+    after = confidence_sequence(term_n[start:], alpha=alpha, planned=planned)
+    nothing_n = np.full(len(early_n), np.inf)
+    return Course(
+        mean=np.concatenate([early_n, after.mean]),
+        low=np.concatenate([-nothing_n, after.low]),
+        high=np.concatenate([nothing_n, after.high]),
+    )
 
 
 def mismatch(arms: Array, shares: Sequence[float]) -> Mismatch:

@@ -7,6 +7,7 @@
     POST /v1/items  DELETE /v1/items/{item}      POST /v1/users  DELETE /v1/users/{user}
     GET  /v1/admin/health, budget, budget/curve               PUT  /v1/admin/budget
     GET  /v1/admin/snapshots, shadow   POST /v1/admin/publish, rollback                       (where the settings allow it)
+    GET  /v1/experiments               POST /v1/experiments/{name}/stop
     GET  /v1/health/live               GET  /v1/health/ready  GET  /metrics     GET /docs
 
 Requests for pages are answered in batches by a few workers (batching.py); other routes are plain functions, so they run in a pool of
@@ -27,8 +28,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from shortlist._version import __version__
 from shortlist.cascade.engine import Engine
+from shortlist.cascade.trials import Trials
 from shortlist.serving.batching import Batcher
 from shortlist.serving.budgeting import Budgets
+from shortlist.serving.experimenting import TrialNumbers
 from shortlist.serving.gate import Gate, add_error_handlers
 from shortlist.serving.guard import describe_keys
 from shortlist.serving.metrics import Metrics
@@ -38,6 +41,7 @@ from shortlist.serving.routes import (
     budget,
     entities,
     events,
+    experiments,
     explain,
     health,
     recommend,
@@ -58,15 +62,19 @@ def create_app(
     watcher: Watcher | None = None,
     shadow: Shadow | None = None,
     budgets: Budgets | None = None,
+    trials: Trials | None = None,
 ) -> FastAPI:
     """The application for `engine`, which stays the caller's to close, and so do what follows its place and the shadow beside it."""
     config = config or ServerConfig()
-    batcher = Batcher(lambda questions, left_ms: engine.answer(questions, deadline_ms=left_ms), config)
+    answering = engine if trials is None else trials
+    batcher = Batcher(lambda questions, left_ms: answering.answer(questions, deadline_ms=left_ms), config)
     metrics = Metrics(engine, batcher)
     if watcher is not None:
         metrics.registry.register(WatcherNumbers(watcher))
     if shadow is not None:
         metrics.registry.register(ShadowNumbers(shadow))
+    if trials is not None:
+        metrics.registry.register(TrialNumbers(trials))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -101,7 +109,8 @@ def create_app(
         budgets=budgets or Budgets(engine),
         watcher=watcher,
         shadow=shadow,
+        trials=trials,
     )
-    for routes in (recommend, search, ads, similar, explain, events, entities, state, admin, budget, health):
+    for routes in (recommend, search, ads, similar, explain, events, entities, state, admin, budget, experiments, health):
         routes.add(app, server)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ import torch
 import uvicorn
 
 from shortlist.cascade.engine import Engine
+from shortlist.cascade.trials import Trials
 from shortlist.errors import ConfigError
 from shortlist.serving import logs
 from shortlist.serving.app import create_app
@@ -29,6 +31,7 @@ def run(
     watcher: Watcher | None = None,
     shadow: Shadow | None = None,
     budgets: Budgets | None = None,
+    trials: Trials | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then finish the requests under way. The engine stays the caller's to close.
 
@@ -38,7 +41,7 @@ def run(
         config: as given to it.
         say: gets one line when requests are taken, with the address.
         admin: from `settings.bind_admin`; answers /metrics and /v1/admin in place of `listener`.
-        watcher, shadow, budgets: the caller's to close; see `create_app`.
+        watcher, shadow, budgets, trials: the caller's to close; see `create_app`.
     """
     # Requests run side by side; a pool of torch threads inside each would only fight over the same cores.
     torch.set_num_threads(1)
@@ -48,7 +51,7 @@ def run(
     address, inner = _address(listener), "" if admin is None else f"; metrics and admin at {_address(admin)}"
     handler = logs.install(requests=config.log_requests)
     settings = uvicorn.Config(
-        create_app(engine, config, watcher=watcher, shadow=shadow, budgets=budgets),
+        create_app(engine, config, watcher=watcher, shadow=shadow, budgets=budgets, trials=trials),
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -62,6 +65,10 @@ def run(
     server = _Server(
         settings, lambda: say(f"serving {engine.snapshot_version} at {address} (docs at {address}/docs){inner}")
     )
+    # What loading made stays: looking through it again for every batch of events took the collector half of the batch's time. A run that
+    # is swapped out goes all the same, since nothing in it refers back to itself.
+    gc.collect()
+    gc.freeze()
     # uvicorn passes the signal on when it is done; here that only means: go on to the caller's closing.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:

@@ -65,6 +65,8 @@ class Opening:
     """Milliseconds of work that all requests of a second may cost; None = no such limit."""
     target_ms: float | None = None
     """Latency to keep to under overload; None = none."""
+    experiments: Path | None = None
+    """TOML file of experiments, whose relative folders begin at its own; None = none."""
     shadow: Path | None = None
     """Another run, or place, that answers a share of the traffic unseen; None = none."""
     shadow_share: float = 0.1
@@ -85,15 +87,18 @@ def serve(opening: Opening, listener: socket.socket, admin: socket.socket | None
         opening: what to serve.
         listener, admin: bound sockets; see `server.run`.
         say: gets a line when requests are taken.
-        number: of the worker; the first one writes the shadow's summary.
+        number: of the worker; the first one writes the shadow's summary and judges guardrails of experiments.
 
     Raises SnapshotError where there is no run or it is damaged, ConfigError or DataError for settings that do not go with it.
     """
     from shortlist.cascade.allocation.base import Budget
     from shortlist.cascade.engine import Engine, EngineConfig
+    from shortlist.cascade.experiments import read_experiments
     from shortlist.cascade.governor import GovernorConfig
+    from shortlist.cascade.trials import Trials
     from shortlist.serving import server
     from shortlist.serving.budgeting import Budgets
+    from shortlist.serving.experimenting import Referee, judge_beside
     from shortlist.serving.shadow import Shadow, ShadowConfig
     from shortlist.serving.watching import Watcher
     from shortlist.store.published import Place, is_place, served_run
@@ -120,7 +125,12 @@ def serve(opening: Opening, listener: socket.socket, admin: socket.socket | None
                 ),
             )
         )
-        watcher = shadow = budgets = None
+        watcher = shadow = budgets = trials = None
+        if opening.experiments is not None:
+            file = opening.experiments.absolute()
+            trials = stack.enter_context(Trials(engine, read_experiments(file), folder=file.parent))
+            judge = None if number else judge_beside(opening.request_log, opening.events)
+            stack.callback(Referee(trials, judge).start().close)
         if opening.shared is not None:
             budgets = Budgets(engine, opening.shared / "budget.json").start()
             stack.callback(budgets.close)
@@ -132,7 +142,15 @@ def serve(opening: Opening, listener: socket.socket, admin: socket.socket | None
             watcher = Watcher(engine, Place(opening.folder)).start()
             stack.callback(watcher.close)
         server.run(
-            engine, listener, opening.config, say=say, admin=admin, watcher=watcher, shadow=shadow, budgets=budgets
+            engine,
+            listener,
+            opening.config,
+            say=say,
+            admin=admin,
+            watcher=watcher,
+            shadow=shadow,
+            budgets=budgets,
+            trials=trials,
         )
 
 

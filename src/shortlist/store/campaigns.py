@@ -55,6 +55,8 @@ MAX_ITEMS = 10_000
 DAY_MS = 86_400_000
 KEEP_MS = DAY_MS
 """How long an ad that nobody clicked is remembered after its window, so that a late click can still be charged."""
+_WIPE_MS = 60_000
+"""Time between two clearings of what is old."""
 Pacing = Literal["bid", "throttle", "none"]
 OPEN, RELEASED, CHARGED, UNPAID = range(4)
 """States of an ad that was shown: its price is set aside; it was given back; it was charged; clicked when no money was left."""
@@ -135,7 +137,7 @@ class Campaign:
     """Most ads of it that one user sees within 24 hours; None = any number."""
 
     def __post_init__(self) -> None:
-        _check_id("campaign", self.campaign)
+        check_id("campaign", self.campaign)
         for name in ("budget", "bid", "reserve"):
             if not 0 <= getattr(self, name) <= MAX_MONEY:
                 raise ConfigError(f"{name} of a campaign is money from 0 to {MAX_MONEY:g}, got {getattr(self, name)}")
@@ -154,7 +156,7 @@ class Campaign:
         if not 1 <= len(self.items) <= MAX_ITEMS:
             raise ConfigError(f"a campaign has from 1 to {MAX_ITEMS:,} items, got {len(self.items):,}")
         for item in self.items:
-            _check_id("item", item)
+            check_id("item", item)
         if self.pacing not in ("bid", "throttle", "none"):
             raise ConfigError(f"pacing {self.pacing!r} is unknown; choose from bid, throttle, none")
         if self.max_per_day is not None and self.max_per_day < 1:
@@ -279,27 +281,29 @@ class CampaignStore:
                     set_={**row, "change": CAMPAIGNS.c.change + 1},
                     where=CAMPAIGNS.c.spent + CAMPAIGNS.c.reserved <= row["budget"],
                 )
-                done = connection.execute(statement).rowcount
-                now = connection.execute(select(CAMPAIGNS).where(CAMPAIGNS.c.campaign == row["campaign"])).one()
+                done = connection.execute(statement.returning(CAMPAIGNS)).all()
                 if not done:
+                    now = connection.execute(select(CAMPAIGNS).where(CAMPAIGNS.c.campaign == row["campaign"])).one()
                     used = (now.spent + now.reserved) / MICROS
                     raise ConfigError(
                         f"the budget of {row['campaign']!r} can not be {row['budget'] / MICROS:g}: {used:g} is spent or set aside for "
                         "ads that people still see; set at least that, or delete the campaign"
                     )
-                kept.append(_account_of(now))
+                kept.append(_account_of(done[0]))
             return kept
 
         return self._write(work)
 
     def remove(self, campaign: str) -> bool:
         """End a campaign: it is shown no more, clicks on what people still see are charged. False where there is none."""
+        check_id("campaign", campaign)
         gone = update(CAMPAIGNS).where(CAMPAIGNS.c.campaign == campaign, ~CAMPAIGNS.c.deleted)
         gone = gone.values(deleted=True, change=CAMPAIGNS.c.change + 1)
         return bool(self._write(lambda connection: connection.execute(gone).rowcount))
 
     def account(self, campaign: str) -> Account | None:
         """A campaign and its money; None where there is none, or it was deleted."""
+        check_id("campaign", campaign)
         wanted = select(CAMPAIGNS).where(CAMPAIGNS.c.campaign == campaign, ~CAMPAIGNS.c.deleted)
         row = self._database.read(lambda connection: connection.execute(wanted).first())
         return None if row is None else _account_of(row)
@@ -373,16 +377,21 @@ class CampaignStore:
         """Charge a click. When this returns the charge is durable; telling it again charges nothing.
 
         Raises:
-            DataError: no such ad is known.
+            DataError: no such ad is known. ConfigError: that is no id.
             StoreUnavailable: the store can not be written; tell it again.
         """
+        check_id("request_id", request_id)
         now_ms = _ms(now)
         return self._write(lambda connection: _charge(connection, request_id, slot, now_ms))
 
-    def give_back(self, *, now: float | None = None) -> None:
-        """Give back what was set aside for ads whose window is over; `reserve` does so by itself."""
+    def give_back(self, *, now: float | None = None) -> bool:
+        """Give back what was set aside for ads whose window is over: whether there was any. What `reserve` sets aside has it in already."""
         now_ms = _ms(now)
-        self._write(lambda connection: self._give_back(connection, now_ms))
+        due = select(SHOWN.c.id).where(SHOWN.c.state == OPEN, SHOWN.c.release_ms <= now_ms).limit(1)
+        is_due = self._database.read(lambda connection: connection.scalar(due)) is not None
+        if is_due or abs(now_ms - self._wiped_ms) > _WIPE_MS:
+            self._write(lambda connection: self._give_back(connection, now_ms))
+        return is_due
 
     def forget(self, user: str) -> None:
         """Wipe the marks by which ads per user were counted."""
@@ -406,11 +415,10 @@ class CampaignStore:
         for campaign, price, expected in _summed(rows):
             back = {"reserved": CAMPAIGNS.c.reserved - price, "expected": CAMPAIGNS.c.expected - expected}
             connection.execute(update(CAMPAIGNS).where(CAMPAIGNS.c.campaign == campaign).values(**back))
-        if rows or now_ms - self._wiped_ms > 60_000:
+        if abs(now_ms - self._wiped_ms) > _WIPE_MS:
+            self._wiped_ms = now_ms
             old = (SHOWN.c.state == RELEASED) & (SHOWN.c.release_ms <= now_ms - KEEP_MS)
             connection.execute(delete(SHOWN).where(old))
-        if now_ms - self._wiped_ms > 60_000:
-            self._wiped_ms = now_ms
             marked = SHOWN.c.viewer.is_not(None) & (SHOWN.c.at_ms <= now_ms - DAY_MS)
             connection.execute(update(SHOWN).where(marked).values(viewer=None))
 
@@ -537,7 +545,8 @@ def _campaign_of(row: Any) -> Campaign:
     )
 
 
-def _check_id(name: str, given: Any) -> None:
+def check_id(name: str, given: Any) -> None:
+    """ConfigError where an id is no text that every database takes."""
     if not isinstance(given, str) or not 0 < len(given) <= MAX_ID_CHARS:
         raise ConfigError(f"{name} must be 1 to {MAX_ID_CHARS} characters of text, got {given!r:.80}")
     if "\0" in given or any("\ud800" <= char <= "\udfff" for char in given):

@@ -9,6 +9,7 @@ from fastapi import Body, FastAPI, Path, Response
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from shortlist.cascade.ads import AdCandidate, AdsAnswer
+from shortlist.cascade.pasts import PastEvent
 from shortlist.cascade.rules import NO_RULES, Rules
 from shortlist.errors import DataError
 from shortlist.serving.problems import problem
@@ -56,6 +57,12 @@ class AdsIn(_Body):
         None, description="Values of the context columns the run was trained with."
     )
     rules: Rules | None = Field(None, description="Which items may be shown, over the surface's own rules.")
+
+    def past(self) -> list[str | PastEvent] | None:
+        """As the engine takes it."""
+        if self.history is None:
+            return None
+        return [event.past() if isinstance(event, PastIn) else event for event in self.history]
 
 
 class ClickIn(_Body):
@@ -107,12 +114,11 @@ def add(app: FastAPI, server: Server) -> None:
     @app.post("/v1/ads", responses={200: {"model": AdsAnswer}, **REFUSALS}, response_model=None, tags=["ads"])
     def choose(body: AdsIn) -> Response:
         """Ads for a page, best place first: by calibrated chance of a click x bid, each at the least price that keeps its place."""
-        past = body.history and [event.past() if isinstance(event, PastIn) else event for event in body.history]
         answer = ads(
             body.user,
             body.slots,
             candidates=None if body.candidates is None else [candidate.candidate() for candidate in body.candidates],
-            history=past,
+            history=body.past(),
             context=body.context,
             rules=body.rules or NO_RULES,
             deadline_ms=server.config.time_limit_ms,

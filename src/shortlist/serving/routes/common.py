@@ -12,6 +12,7 @@ from fastapi import Response
 from shortlist.cascade.answers import Answer
 from shortlist.cascade.engine import LAST_RESORT, Engine
 from shortlist.cascade.questions import Question
+from shortlist.cascade.trials import Trials
 from shortlist.serving.batching import Batcher, Late, Overloaded
 from shortlist.serving.budgeting import Budgets
 from shortlist.serving.logs import CALL
@@ -46,6 +47,8 @@ class Server:
     """Follows a place of published runs; None = a single run is served."""
     shadow: Shadow | None = None
     """Another run that answers a share of the traffic unseen."""
+    trials: Trials | None = None
+    """Experiments at work; None = none are."""
 
     async def ask(self, question: Question) -> Answer:
         """The answer to a question, put together with others that wait; Overloaded where too many do.

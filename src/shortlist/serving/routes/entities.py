@@ -105,4 +105,4 @@ def add(app: FastAPI, server: Server) -> None:
     )
     def forget_user(user: AnId) -> Response:
         """Wipe a user's attributes, events, answers and memories from the files, and know the user no more."""
-        return plain_json(asdict(upkeep().forget_user(engine.live, user, engine.events, engine.request_log)))
+        return plain_json(asdict(engine.forget(user)))

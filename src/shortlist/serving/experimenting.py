@@ -1,0 +1,134 @@
+"""Experiments of a server: stopped by themselves when a guardrail is crossed, and counted.
+
+    every few seconds    what other servers of the same request log have stopped is taken over
+    once a minute        one process of the server judges all guardrails, in a process of its own so that no answer waits for it
+
+Intervals hold at all times at once (metrics/sequential.py), so looking once a minute stops no harmless experiment more often than looking
+once would.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from shortlist.cascade.trials import Trials
+from shortlist.errors import ShortlistError
+
+LOG = logging.getLogger("shortlist.serving")
+LOOK_S = 5.0
+"""Seconds between looks at what others have stopped."""
+JUDGE_S = 60.0
+"""Seconds between judgements at least; one that takes long is followed by a pause ten times as long."""
+Judge = Callable[[], Mapping[str, str]]
+"""Why each harmful experiment should be stopped, by name."""
+
+
+def harms(log: Path, events: Path | str | None) -> dict[str, str]:
+    """Crossed guardrails of experiments that are not stopped yet, by name; errors as of `evaluation.experiments.report`."""
+    from shortlist.evaluation.experiments import report
+
+    return {found.name: found.harm for found in report(log, events) if found.harm and found.stopped is None}
+
+
+def judge_beside(log: Path, events: Path | str | None) -> Judge:
+    """`harms` in a process of its own, at low priority, which ends after each judgement."""
+
+    def judge() -> Mapping[str, str]:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context, initializer=os.nice, initargs=(10,)) as pool:
+            return pool.submit(harms, log, events).result()
+
+    return judge
+
+
+class Referee:
+    """Stops experiments that do harm.
+
+    Args:
+        trials: the experiments at work.
+        judge: None = this process only takes over what others stop.
+        look_s: seconds between looks.
+        judge_s: seconds between judgements.
+    """
+
+    def __init__(
+        self, trials: Trials, judge: Judge | None = None, *, look_s: float = LOOK_S, judge_s: float = JUDGE_S
+    ) -> None:
+        guarded = any(experiment.guardrails for experiment in trials.experiments.values())
+        self.trials, self.judge = trials, judge if guarded else None
+        self.look_s, self.judge_s = look_s, judge_s
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="referee", daemon=True)
+
+    def start(self) -> Referee:
+        """Look from now on, in a thread of its own."""
+        self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Stop looking; a judgement under way is not waited for."""
+        self._closing.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2 * self.look_s)
+
+    def look(self) -> None:
+        """Take over what others have stopped. Never raises."""
+        try:
+            self.trials.look_for_stops()
+        except Exception as error:  # the files may be away for a while; pages are served all the same
+            LOG.warning("stopped experiments can not be read: %s", error)
+
+    def judge_now(self) -> None:
+        """Stop what crosses a guardrail. Never raises."""
+        if self.judge is None:
+            return
+        try:
+            for name, reason in self.judge().items():
+                LOG.warning("the experiment %s is stopped: %s", name, reason)
+                self.trials.stop(name, reason)
+        except ShortlistError as error:
+            LOG.warning("guardrails can not be judged: %s", error)
+        except Exception:
+            LOG.exception("guardrails can not be judged")
+
+    def _watch(self) -> None:
+        judge_at = time.monotonic() + self.judge_s
+        while not self._closing.wait(self.look_s):
+            self.look()
+            began = time.monotonic()
+            if began >= judge_at:
+                self.judge_now()
+                now = time.monotonic()
+                judge_at = now + max(self.judge_s, 10 * (now - began))
+
+
+class TrialNumbers(Collector):
+    """Experiments in /metrics."""
+
+    def __init__(self, trials: Trials) -> None:
+        self._trials = trials
+
+    def collect(self) -> Iterator[Metric]:
+        """See `prometheus_client`."""
+        pages = CounterMetricFamily(
+            "shortlist_experiment_pages", "Pages that an experiment had a hand in.", labels=["experiment", "variant"]
+        )
+        for (name, variant), count in list(self._trials.shown.items()):
+            pages.add_metric([name, variant], count)
+        yield pages
+        running = GaugeMetricFamily(
+            "shortlist_experiment_running", "1 while an experiment runs, 0 once it is stopped.", labels=["experiment"]
+        )
+        for name, experiment in self._trials.experiments.items():
+            running.add_metric([name], experiment.settings.running and name not in self._trials.stopped)
+        yield running
