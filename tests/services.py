@@ -57,8 +57,8 @@ def install() -> None:
 class _Service:
     """A server process that can be killed and started again on the same port and folder."""
 
-    def __init__(self, prefix: str, user: str | None) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=_quick_folder()))
+    def __init__(self, prefix: str, user: str | None, beneath: str | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=beneath or _quick_folder()))
         self.user = user if os.geteuid() == 0 else None
         if self.user is not None:
             owner = pwd.getpwnam(self.user)
@@ -124,8 +124,8 @@ class _Service:
 class Postgres(_Service):
     """PostgreSQL with an empty schema per call of `schema`."""
 
-    def __init__(self) -> None:
-        super().__init__("shortlist-pg-", "postgres")
+    def __init__(self, beneath: str | None = None) -> None:
+        super().__init__("shortlist-pg-", "postgres", beneath)
         self.count = 0
         self.data = self.folder / "data"
         made = subprocess.run(

@@ -15,6 +15,7 @@ from sqlalchemy import text
 
 import shortlist.extras
 from shortlist.errors import ConfigError, DataError
+from shortlist.store.databases import LOCK_SPACE
 from shortlist.store.events import Event, EventStore, StoreUnavailable
 
 NOON = 1_700_000_000.0
@@ -180,6 +181,26 @@ def test_numbers_grow_in_the_order_in_which_events_can_be_read(opened):
         highest, count = reader._database.read(newer)
         mark, seen = highest or mark, seen + count
     assert seen == len(reader) == 3 * 30 * 5
+
+
+def test_an_append_takes_its_numbers_when_it_has_its_turn(postgres):
+    """While another append is not committed, the next one has no numbers yet; else its events could be read before lower numbers."""
+    store, other = EventStore(postgres.schema()), EventStore(postgres.url())
+    last = text("SELECT last_value FROM events_id_seq")
+    store.append([event("a")])
+    with other._database.engine.connect() as holding:
+        holding.execute(text(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, 1)"))
+        waiting = threading.Thread(target=store.append, args=([event("b"), event("c")],))
+        waiting.start()
+        time.sleep(0.3)
+        assert waiting.is_alive()
+        assert store._database.read(lambda connection: connection.scalar(last)) == 1
+        holding.rollback()
+        waiting.join(5)
+    assert store._database.read(lambda connection: connection.scalar(last)) == 3
+    assert store.history(["u"]).item == ["a", "b", "c"]
+    store.close()
+    other.close()
 
 
 def test_a_user_is_forgotten(opened):

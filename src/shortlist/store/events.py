@@ -34,11 +34,10 @@ from sqlalchemy import (
     String,
     Table,
     bindparam,
-    column,
     delete,
     func,
     select,
-    text,
+    true,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -71,17 +70,16 @@ EVENTS = Table(
 )
 _GIVEN = {name: EVENTS.c[name].type for name in ("user_id", "item_id", "time_ms", "action", "value", "event_id")}
 _APPEND_ROWS = sqlite.insert(EVENTS).on_conflict_do_nothing(index_elements=["event_id"])
-_ROWS_OF_COLUMNS = func.unnest(*(bindparam(name, type_=ARRAY(kind)) for name, kind in _GIVEN.items()))
-_APPEND_COLUMNS = (  # one statement for the whole batch: a column is one parameter
+_COLUMNS = func.unnest(*(bindparam(name, type_=ARRAY(kind)) for name, kind in _GIVEN.items()))
+_ROWS = _COLUMNS.table_valued(*_GIVEN).render_derived("given")
+_TURN = select(func.pg_advisory_xact_lock(LOCK_SPACE, 1)).cte("turn")
+# One statement for the whole batch: a column is one parameter, and no row gets its number before its append has its turn.
+_APPEND_COLUMNS = (
     postgresql.insert(EVENTS)
-    .from_select(
-        list(_GIVEN),
-        select(*map(column, _GIVEN)).select_from(_ROWS_OF_COLUMNS.table_valued(*_GIVEN, name="given").render_derived()),
-    )
+    .from_select(list(_GIVEN), select(*(_ROWS.c[name] for name in _GIVEN)).select_from(_TURN.join(_ROWS, true())))
     .on_conflict_do_nothing(index_elements=["event_id"])
     .execution_options(preserve_rowcount=True)
 )
-_IN_TURN = text(f"SELECT pg_advisory_xact_lock({LOCK_SPACE}, 1)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +175,6 @@ class EventStore:
     def _append(self, connection: Connection, rows: list[dict[str, Any]]) -> int:
         if not self._database.is_server:
             return connection.execute(_APPEND_ROWS, rows).rowcount
-        connection.execute(_IN_TURN)
         return connection.execute(_APPEND_COLUMNS, {name: [row[name] for row in rows] for name in _GIVEN}).rowcount
 
     def history(self, users: Sequence[str]) -> UserEvents:
