@@ -193,6 +193,14 @@ def test_a_broken_stage_is_an_exposure_too(tmp_path):
         assert exposed(engine)[0].degraded
 
 
+def test_a_page_that_came_too_late_counts_for_its_variant(engine):
+    with Trials(engine, read_experiments(SHORT)) as trials:
+        question = Question(user="user-5")
+        late = trials.missed(question, engine.last_resort(question, "no answer within 5 ms"))
+        assert late.variants == trials.answer([question])[0].variants
+    assert [(row.unit, row.degraded) for row in exposed(engine)] == [("user-5", True), ("user-5", False)]
+
+
 def test_a_stopped_experiment_stays_stopped(engine):
     experiments = read_experiments(SHORT)
     with Trials(engine, experiments) as trials, Trials(engine, experiments) as elsewhere:

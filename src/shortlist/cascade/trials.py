@@ -110,11 +110,14 @@ class Trials:
             self._finished(plan, [found[place, team] for team in range(len(plan.sides))], exposures)
             for place, plan in enumerate(plans)
         ]
-        if exposures:
-            with self._drawing:
-                self.shown.update((exposure.experiment, exposure.variant) for exposure in exposures)
-            if self.engine.request_log is not None:
-                self.engine.request_log.expose(exposures)
+        self._expose(exposures)
+        return made
+
+    def missed(self, question: Question, made: Answer) -> Answer:
+        """A page that came from elsewhere, since the variant's was late: it counts for the variant, else slowness would go unseen."""
+        exposures: list[Exposure] = []
+        made = self._exposed(self._plan(question), made, (), (), exposures)
+        self._expose(exposures)
         return made
 
     def stop(self, name: str, reason: str) -> None:
@@ -224,6 +227,14 @@ class Trials:
             spent_ms=sum(page.spent_ms for page in pages),
         )
         return made, (), tuple(team for _, team in drafted)
+
+    def _expose(self, exposures: Sequence[Exposure]) -> None:
+        """Count and log."""
+        if exposures:
+            with self._drawing:
+                self.shown.update((exposure.experiment, exposure.variant) for exposure in exposures)
+            if self.engine.request_log is not None:
+                self.engine.request_log.expose(exposures)
 
     def _exposed(
         self,
