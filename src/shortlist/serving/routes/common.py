@@ -60,6 +60,8 @@ class Server:
             made = await self.batcher.ask(question)
         except Late as error:
             made = self.engine.last_resort(question, str(error))
+            if self.trials is not None:
+                made = self.trials.missed(question, made)
         except Overloaded:
             self.engine.answered((time.perf_counter() - began) * 1e3, failed=True)
             raise
