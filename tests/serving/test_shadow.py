@@ -17,6 +17,7 @@ from shortlist.errors import ConfigError, SnapshotError
 from shortlist.serving.app import create_app
 from shortlist.serving.settings import ServerConfig
 from shortlist.serving.shadow import Shadow, ShadowConfig, compare
+from shortlist.store.catalogue import ItemUpdate
 
 ALL = ShadowConfig(share=1.0, max_waiting=1_000)
 
@@ -176,6 +177,23 @@ def test_a_shadow_that_breaks_is_counted_and_nothing_else(client, shadow, engine
     assert shadow.summary().shadow_degraded == 1
     assert client.post("/v1/recommend", json={"user": "user-3", "chain": "a0-b0-c0"}).status_code == 200
     assert shadow.summary().served_degraded == 0
+
+
+def test_what_is_told_of_items_counts_in_the_shadow_too(engine, run):
+    """An item that is off the shelves is on neither page, and the stores stay open when the shadow ends."""
+    question = Question(user="user-3", k=5, at=1.8e9)
+    first = engine.answer([question])[0].items[0].item_id
+    shadow = Shadow(engine, run, ALL)
+    engine.upkeep.store.upsert_items([ItemUpdate(item=str(first), available=False)])
+    with Engine.load(run, events=engine.events.path) as fresh:
+        served = fresh.answer([question])[0]
+    assert first not in [item.item_id for item in served.items]
+    shadow.close()
+    again = Shadow(engine, run, ALL)
+    again.offer(question, served)
+    again.close()
+    assert again.summary().same == 1
+    assert [item.item for item in engine.upkeep.store.items()] == [str(first)]
 
 
 def test_what_can_not_be_a_shadow_is_refused(engine, tmp_path):

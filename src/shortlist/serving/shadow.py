@@ -125,7 +125,7 @@ class Shadow:
     """Another run beside the engine that serves; `offer` may be called from any thread and never raises.
 
     Args:
-        engine: serves; its event store is read by the shadow too, so both know the same of a user.
+        engine: serves; its events and its news of items and users are read by the shadow too, so both know the same.
         run: folder of the other run, or of a place of published runs.
         config: share and bounds.
         summary: JSON file that is written now and then, and at the end; None = none.
@@ -138,7 +138,12 @@ class Shadow:
     ) -> None:
         self.engine, self.config, self.path = engine, config or ShadowConfig(), summary
         # No request log: what nobody was shown must not be read as having been shown.
-        self.other = Engine(load_live(served_run(run)), events=engine.events, config=engine.config)
+        self.other = Engine(
+            load_live(served_run(run)),
+            events=engine.events,
+            catalogue=None if engine.upkeep is None else engine.upkeep.store,
+            config=engine.config,
+        )
         self._draw = random.Random(self.config.seed)
         self._waiting: queue.Queue[tuple[Question, Answer] | None] = queue.Queue(self.config.max_waiting)
         self._newest: deque[Comparison] = deque(maxlen=self.config.newest)
@@ -194,7 +199,7 @@ class Shadow:
             return
         finally:
             self._write()
-        self.other.events = None  # it is the engine's to close
+        self.other.events = self.other.upkeep = None  # their stores are the engine's to close
         self.other.close()
 
     # -- the worker ----------------------------------------------------------------------------------------------
