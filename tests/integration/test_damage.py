@@ -199,6 +199,8 @@ FORGED = (
     ("dataset/users.parquet", table(lambda found: found.rename({found.columns[0]: "x"}))),
     ("dataset/vocabularies/000_item.parquet", table(lambda found: found.head(1))),
     ("systems/counts.safetensors", tensors(lambda _: {"x": torch.zeros(2)})),
+    ("systems/counts.safetensors", tensors(lambda found: {name: t.flatten()[:2] for name, t in found.items()})),
+    ("systems/counts.safetensors", tensors(lambda found: {**found, "columns": found["columns"] + 10**6})),
     ("systems/popularity.safetensors", tensors(lambda _: {})),
     ("popular.safetensors", tensors(lambda _: {"rows": torch.tensor([10**6, -4])})),
     ("popular.safetensors", tensors(lambda _: {"rows": torch.rand(5)})),
@@ -211,7 +213,6 @@ PLAUSIBLE = (
     ("dataset/histories/item.npy", put(5, 10**6)), ("dataset/histories/item.npy", put(5, -3)), ("dataset/histories/action.npy", put(5, 99)),
     ("dataset/histories/value.npy", put(5, np.nan)), ("dataset/histories/offsets.npy", put(3, -7)),
     ("systems/popularity.safetensors", tensors(lambda found: {name: t.to(torch.bool) for name, t in found.items()})),
-    ("systems/counts.safetensors", tensors(lambda found: {name: t.flatten()[:2] for name, t in found.items()})),
 )  # fmt: skip
 """Files of the right form with wrong numbers, which only a full check of every number would find."""
 

@@ -7,6 +7,7 @@ from shortlist.data.histories import Histories
 from shortlist.data.jagged import Jagged
 from shortlist.layers.counting import (
     PairSums,
+    SparseRows,
     add_sparse_rows,
     distinct_events,
     group_runs,
@@ -135,3 +136,35 @@ def test_the_rest_follows_by_popularity():
     scores = torch.tensor([[0.0, 0.0, 2.0, 1.0, 1.0, 0.0]])
     popular = torch.tensor([0.0, 5.0, 1.0, 2.0, 9.0, 8.0])
     assert then_popular(scores, popular)[0].argsort(descending=True)[:5].tolist() == [2, 4, 3, 5, 1]
+
+
+GOOD = {"offsets": [0, 2, 2, 3], "columns": [0, 2, 1], "weights": [1.0, 2.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("offsets", [0, 2, 1, 3]),
+        ("offsets", [1, 2, 2, 3]),
+        ("offsets", [0, 2, 2, 4]),
+        ("offsets", []),
+        ("offsets", [0.0, 2.0, 2.0, 3.0]),
+        ("columns", [0, 3, 1]),
+        ("columns", [0, -1, 1]),
+        ("columns", [0, 2]),
+        ("columns", [0.0, 2.0, 1.0]),
+        ("weights", [1.0]),
+    ],
+)
+def test_a_matrix_that_points_outside_is_refused(part, value):
+    """MKL would read there."""
+    SparseRows(*(torch.tensor(given) for given in GOOD.values())).check()
+    with pytest.raises(ValueError, match="sparse matrix"):
+        SparseRows(*(torch.tensor(given) for given in (GOOD | {part: value}).values())).check()
+
+
+def test_a_matrix_of_another_catalogue_is_refused():
+    matrix = SparseRows(*(torch.tensor(given) for given in GOOD.values()))
+    one = torch.tensor([0])
+    with pytest.raises(ValueError, match="3 rows where there are scores of 9 items"):
+        add_sparse_rows(torch.zeros(1, 9), one, one, torch.ones(1), matrix)

@@ -39,6 +39,18 @@ class SparseRows(NamedTuple):
     weights: Tensor
     """float32."""
 
+    def check(self) -> None:
+        """ValueError where offsets or columns point outside: products of sparse matrices read there without looking."""
+        offsets, columns, weights = self
+        whole = offsets.dtype == torch.int64 and columns.dtype in (torch.int32, torch.int64)
+        flat = offsets.dim() == columns.dim() == weights.dim() == 1 and len(offsets) > 0
+        if not whole or not flat or len(columns) != len(weights):
+            raise ValueError("a sparse matrix is rows of whole numbers with a weight beside each")
+        if int(offsets[0]) != 0 or int(offsets[-1]) != len(columns) or bool((offsets.diff() < 0).any()):
+            raise ValueError("the offsets of a sparse matrix rise from 0 to the number of its columns")
+        if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < len(offsets) - 1:
+            raise ValueError("the columns of a sparse matrix are rows of it too")
+
 
 class UserItems(NamedTuple):
     """What each user chose, sorted by user, then item: C cells of the matrix of users and items."""
@@ -251,6 +263,8 @@ def add_sparse_rows(
     if not has_product or not len(item) or not 0 < len(matrix.columns) < 1 << 31:
         return plain_add_sparse_rows(scores_BN, request, item, weight, matrix)
     num_requests, num_rows = scores_BN.shape
+    if len(matrix.offsets) != num_rows + 1:
+        raise ValueError(f"the matrix has {len(matrix.offsets) - 1} rows where there are scores of {num_rows} items")
     pair, pair_of_event = torch.unique(request * num_rows + item, return_inverse=True)
     weight_of_pair = weight.new_zeros(len(pair)).index_add_(0, pair_of_event, weight)
     first_pair = torch.searchsorted(pair, torch.arange(num_requests + 1) * num_rows)

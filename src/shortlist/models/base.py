@@ -18,6 +18,7 @@ from shortlist.data.batches import Batch, Candidates
 from shortlist.data.histories import View
 from shortlist.data.jagged import Jagged
 from shortlist.data.schema import Space
+from shortlist.layers.counting import SparseRows
 
 Losses = dict[str, Tensor]
 Scores = dict[str, Tensor]
@@ -361,5 +362,8 @@ def load_weights(system: System, tensors: Mapping[str, Tensor]) -> None:
             module.register_buffer(leaf, value)
     missing, unexpected = system.load_state_dict(dict(tensors), strict=False)
     system.train(system.training)  # drops item vectors kept from the weights before
+    for module in system.modules():
+        if all(name in module._buffers for name in SparseRows._fields):
+            SparseRows(*(module.get_buffer(name) for name in SparseRows._fields)).check()
     if missing or unexpected:
         raise ValueError(f"weights of {type(system).__name__}: missing {missing}, unexpected {unexpected}")
