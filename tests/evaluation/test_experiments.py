@@ -13,7 +13,7 @@ from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.trials import ALONE
 from shortlist.errors import ConfigError, DataError
 from shortlist.evaluation.experiment_page import findings_text, render
-from shortlist.evaluation.experiments import findings, outcomes, read_events, report
+from shortlist.evaluation.experiments import findings, outcomes, page_table, read_events, report
 from shortlist.store.events import Event, EventStore
 
 HOUR = 3_600_000
@@ -86,7 +86,7 @@ def test_outcomes_by_hand(experiment):
         ("v", "a", 3_000, "view", 5.0),
         ("other", "a", 3_000, "click", 1.0),
     )
-    found = findings(experiment, exposures, events, until_ms=9 * HOUR)
+    found = findings(experiment, page_table(exposures), events, until_ms=9 * HOUR)
     assert (found.units, found.units_open, found.units_mixed) == (2, 1, 1)
     clicks, money, ms, degraded = (by_metric(found)[m] for m in ("clicks", "money", "spent_ms", "degraded"))
     assert (clicks.control_mean, clicks.variant_mean) == (1.0, 0.0)
@@ -119,7 +119,7 @@ def planted(num_units, rate_old, rate_new, *, seed=0, ms=(2.0, 2.0), share_new=0
         for n, new in enumerate(is_new.tolist())
     ]
     clicked = rng.random(num_units) < np.where(is_new, rate_new, rate_old)
-    return exposures, happened(*((f"u{n}", "a", n * 10 + 5, "click", 1.0) for n in np.flatnonzero(clicked)))
+    return page_table(exposures), happened(*((f"u{n}", "a", n * 10 + 5, "click", 1.0) for n in np.flatnonzero(clicked)))
 
 
 def test_a_better_variant_is_found_and_no_guardrail_is_crossed(experiment):
@@ -161,7 +161,7 @@ def test_credit_goes_to_the_team_of_the_newest_page_before():
         ("u", "a", 2_700, "click", 1.0),  # of the second: new's
         ("u", "z", 2_700, "click", 1.0),
     )
-    found = findings(draft, pages, events, until_ms=2 * HOUR)
+    found = findings(draft, page_table(pages), events, until_ms=2 * HOUR)
     told = found.preference
     assert (told.taken_first, told.taken_second, told.units) == (1, 2, 1)
     assert told.preference == pytest.approx(1 / 3)
@@ -181,9 +181,9 @@ def test_a_preferred_team_is_found_and_random_clicks_prefer_none():
         random.append((f"u{n}", "abcd"[place], n + 5, "click", 1.0))
         if teams[place] == 1 or rng.random() < 0.6:
             liked.append(random[-1])
-    better = findings(draft, pages, happened(*liked), until_ms=9 * HOUR)
+    better = findings(draft, page_table(pages), happened(*liked), until_ms=9 * HOUR)
     assert "new is preferred" in better.sentences[0]
-    none = findings(draft, pages, happened(*random), until_ms=9 * HOUR)
+    none = findings(draft, page_table(pages), happened(*random), until_ms=9 * HOUR)
     assert none.preference.low < 0 < none.preference.high
     assert "no preference known" in none.sentences[0]
 
@@ -191,22 +191,27 @@ def test_a_preferred_team_is_found_and_random_clicks_prefer_none():
 @pytest.fixture
 def files(tmp_path, experiment):
     """A request log and an event store as a server leaves them."""
-    exposures, events = planted(300, 0.2, 0.6)
+    pages, events = planted(300, 0.2, 0.6)
     log = RequestLog(tmp_path / "requests.db")
-    log.expose(exposures)
+    log.expose(
+        [
+            seen(u, at, variant, spent_ms=ms)
+            for u, variant, at, ms in pages.select("unit", "variant", "at", "spent_ms").iter_rows()
+        ]
+    )
     log.close()
     write_experiments(tmp_path / "requests.db", [experiment])
     store = EventStore(tmp_path / "events.db")
     store.append([Event(user=u, item=i, timestamp=t / 1000, action=a, value=v) for u, i, t, a, v in events.iter_rows()])
     store.append([Event(user="u0", item="q", timestamp=2 * HOUR / 1000, action="view")])
     store.close()
-    return tmp_path, exposures, events
+    return tmp_path, pages, events
 
 
 def test_files_of_a_server_give_what_arrays_give(files, experiment):
-    folder, exposures, events = files
+    folder, pages, events = files
     found = report(folder / "requests.db", folder / "events.db")[0]
-    same = findings(experiment, exposures, events, until_ms=2 * HOUR)
+    same = findings(experiment, pages, events, until_ms=2 * HOUR)
     assert by_metric(found)["clicks"] == by_metric(same)["clicks"]
     events.select(
         user_id="unit", item_id="item", timestamp=pl.from_epoch("time", "ms"), action="action", value="value"
@@ -235,6 +240,26 @@ def test_the_command_says_it_in_text_json_and_on_a_page(files):
     assert "x: old 50.0%, new 50.0% of 100.0% on recommend; decided by clicks" in checked
 
 
+def test_pages_that_are_gone_are_told(files):
+    folder, *_ = files
+    log = RequestLog(folder / "requests.db")
+    log.forget("u7")
+    log.close()
+    found = report(folder / "requests.db", None)[0]
+    assert found.exposures_gone == 1
+    assert "1 older pages of the log are gone" in " ".join(found.sentences)
+
+
+def test_pieces_are_one_table(monkeypatch):
+    from shortlist.evaluation import experiments
+
+    exposures = [seen(f"u{n}", n, teams=(0, 1)) for n in range(7)]
+    whole = page_table(exposures)
+    monkeypatch.setattr(experiments, "_PIECE", 3)
+    assert page_table(exposures).equals(whole)
+    assert whole["number"].to_list() == list(range(7))
+
+
 def test_what_is_not_there_is_told(files, tmp_path):
     folder, *_ = files
     with pytest.raises(DataError, match="no such file"):
@@ -249,7 +274,7 @@ def test_what_is_not_there_is_told(files, tmp_path):
 
 
 def test_an_experiment_that_nobody_saw_yet_has_a_report(experiment):
-    found = findings(experiment, [], happened())
+    found = findings(experiment, page_table([]), happened())
     assert found.units == 0
     assert "nothing is known of new" in found.sentences[0]
     assert "x: 0 units" in findings_text([found])

@@ -145,6 +145,13 @@ def read_exposures(path: Path, experiment: str | None = None) -> Iterator[Exposu
         engine.dispose()
 
 
+def exposures_gone(path: Path) -> int:
+    """Rows that had to make room or were of deleted users; DataError where the file can not be read."""
+    with _opened(path) as connection:
+        last, count = connection.execute(select(func.max(EXPOSURES.c.id), func.count())).one()
+    return int((last or 0) - count)
+
+
 def write_stop(path: Path, experiment: str, reason: str, at_ms: int) -> None:
     """An experiment is over, for every server that writes this request log; the first reason stays.
 

@@ -14,8 +14,9 @@ N events, n units.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 import polars as pl
 
 from shortlist.cascade.experiments import INTERLEAVED, Experiment, Metric
-from shortlist.cascade.exposures import Exposure, defined_experiments, read_exposures, read_stops
+from shortlist.cascade.exposures import Exposure, defined_experiments, exposures_gone, read_exposures, read_stops
 from shortlist.cascade.settings import nearest
 from shortlist.cascade.trials import ALONE
 from shortlist.data.log import read
@@ -35,6 +36,7 @@ MISMATCHED = 1e-3
 """Below this p-value shares are called wrong, and nothing else that is measured can be trusted."""
 _OF_PAGES = ("spent_ms", "degraded")
 _HOUR_MS = 3_600_000
+_PIECE = 10_000
 _EVENTS = {"unit": pl.String, "item": pl.String, "time": pl.Int64, "action": pl.String, "value": pl.Float64}
 
 
@@ -121,6 +123,8 @@ class Findings:
     preference: Preference | None
     stopped: str | None
     """Why it was stopped; None where it was not."""
+    exposures_gone: int = 0
+    """Rows of the log, of any experiment, that had to make room or were of deleted users."""
 
     @property
     def harm(self) -> str | None:
@@ -145,6 +149,10 @@ class Findings:
         if self.preference is not None:
             said.append(_preference_sentence(self.preference))
         said += [_sentence(one) for one in self.differences if one.metric == self.primary]
+        if self.exposures_gone:
+            said.append(
+                f"{self.exposures_gone:,} older pages of the log are gone: users who came before count from a later page than their first."
+            )
         if self.units_mixed:
             said.append(f"{self.units_mixed:,} units saw several variants and are left out.")
         return said
@@ -174,11 +182,12 @@ def report(
         raise DataError(f"{log} has no experiments; give the request log of a server that ran with --experiments")
     if name is not None and name not in defined:
         raise ConfigError(f"{log} has no experiment {name!r}: {nearest(name, defined)}")
-    stops, found = read_stops(Path(log)), []
+    stops, gone, found = read_stops(Path(log)), exposures_gone(Path(log)), []
     for experiment in [defined[name]] if name is not None else defined.values():
-        exposures = list(read_exposures(Path(log), experiment.name))
-        happened = read_events(events, sorted({exposure.unit for exposure in exposures}))
-        found.append(findings(experiment, exposures, happened, until_ms=until_ms, stopped=stops.get(experiment.name)))
+        pages = page_table(read_exposures(Path(log), experiment.name))
+        happened = read_events(events, pages["unit"].unique(maintain_order=True).to_list())
+        stopped = stops.get(experiment.name)
+        found.append(findings(experiment, pages, happened, until_ms=until_ms, stopped=stopped, exposures_gone=gone))
     return found
 
 
@@ -217,14 +226,14 @@ def _of_log(path: Path, units: Sequence[str]) -> pl.DataFrame:
 
 def findings(
     experiment: Experiment,
-    exposures: Sequence[Exposure],
+    pages: pl.DataFrame,
     events: pl.DataFrame,
     *,
     until_ms: int | None = None,
     stopped: str | None = None,
+    exposures_gone: int = 0,
 ) -> Findings:
-    """What came of one experiment; see `report`."""
-    pages = _pages(exposures)
+    """What came of one experiment, from tables as `page_table` and `read_events` give them; see `report`."""
     newest = [value for value in (pages["at"].max(), events["time"].max()) if value is not None]
     until = until_ms if until_ms is not None else max((int(value) for value in newest), default=0)  # type: ignore[arg-type]
     window_ms = round(experiment.settings.hours * _HOUR_MS)
@@ -261,14 +270,21 @@ def findings(
         mismatch=None if interleaves else _mismatch(experiment, units),
         preference=_preference(experiment, whole, inside, mine) if interleaves else None,
         stopped=stopped,
+        exposures_gone=exposures_gone,
     )
 
 
-def _pages(exposures: Sequence[Exposure]) -> pl.DataFrame:
-    """A row per page, numbered in the order of the log."""
+def page_table(exposures: Iterable[Exposure]) -> pl.DataFrame:
+    """A row per page, numbered in the order given; pieces become columns at once, so that millions of pages fit into memory."""
+    waiting, parts = iter(exposures), [_piece([])]
+    while piece := list(islice(waiting, _PIECE)):
+        parts.append(_piece(piece))
+    return pl.concat(parts).with_row_index("number").with_columns(pl.col("number").cast(pl.Int64))
+
+
+def _piece(exposures: Sequence[Exposure]) -> pl.DataFrame:
     return pl.DataFrame(
         {
-            "number": np.arange(len(exposures), dtype=np.int64),
             "unit": pl.Series([e.unit for e in exposures], dtype=pl.String),
             "variant": pl.Series([e.variant for e in exposures], dtype=pl.String),
             "at": pl.Series([e.at_ms for e in exposures], dtype=pl.Int64),
