@@ -1,0 +1,211 @@
+"""Quality against cost, and the slider that says where on that curve the server stands."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shortlist.errors import ShortlistError
+from shortlist.serving.console import look
+from shortlist.serving.console.app import Console
+from shortlist.serving.console.client import BudgetState, Cost, Curve, Limits
+
+UNITS = {"ms": "ms", "mflop": "MFLOP"}
+WORTHS = {"choice": "gain of held-out items", "value": "money of held-out items"}
+STEPS = 100
+"""Places of the slider between the cheapest chain and the dearest."""
+QUIET_S = 3.0
+"""Seconds after a move in which the slider stays where it was put."""
+
+
+@dataclass
+class _Seen:
+    """What the page shows."""
+
+    state: BudgetState | None = None
+    curve: Curve = field(default_factory=Curve)
+    curve_of: str = ""
+    """Snapshot that the curve belongs to."""
+    moved_at: float = 0.0
+
+    @property
+    def resource(self) -> str:
+        """What the slider sets: that which the calibrated budget limits."""
+        assert self.state is not None
+        return "mflop" if self.state.calibrated.ms is None and self.state.calibrated.mflop is not None else "ms"
+
+    @property
+    def limit(self) -> float | None:
+        """The budget of that resource now."""
+        assert self.state is not None
+        return getattr(self.state.budget, self.resource)
+
+
+def show(console: Console) -> None:
+    """Lay the page out."""
+    ui, seen = console.ui, _Seen()
+
+    async def fetch() -> BudgetState:
+        state = await console.api.budget()
+        if state.snapshot_version != seen.curve_of:
+            seen.curve, seen.curve_of = await console.api.curve(), state.snapshot_version
+            if seen.curve.report is None and console.report is not None:
+                seen.curve = Curve(calibration=seen.curve.calibration, report=console.report)
+        return state
+
+    def update(state: BudgetState) -> None:
+        seen.state = state
+        lead.set_content(_lead(state, seen.resource))
+        steering.set_visibility(state.is_calibrated and not state.follows_traffic)
+        costs = [getattr(chain, seen.resource) for chain in state.chains]
+        drawn.set_visibility(bool(costs))
+        below.set_content(_below(seen))
+        if not costs:
+            return
+        slider.props(f':min="{min(costs)}" :max="{max(costs)}" :step="{max(max(costs) - min(costs), 1e-9) / STEPS}"')
+        if time.monotonic() - seen.moved_at > QUIET_S:
+            slider.value = min(max(costs) if seen.limit is None else max(seen.limit, min(costs)), max(costs))
+        label(slider.value)
+        _draw(chart, seen)
+
+    def label(value: float) -> None:
+        unit = UNITS[seen.resource] if seen.state else "ms"
+        chosen.set_content(
+            f'<span id="budget-label">A request may cost on average <b>{look.number(value, unit)}</b></span>'
+        )
+
+    def moved(value: float) -> None:
+        seen.moved_at = time.monotonic()
+        label(value)
+
+    async def choose(limits: Limits) -> None:
+        try:
+            state = await console.api.set_budget(limits)
+        except ShortlistError as error:
+            console.refused(error)
+            return
+        seen.moved_at = 0.0
+        update(state)
+        given = getattr(state.budget, seen.resource)
+        ui.notify(
+            f"Requests may cost {look.number(given, UNITS[seen.resource])} on average from now on.", position="top"
+        )
+
+    async def drop() -> None:
+        if seen.state is not None:
+            kept = {"ms": seen.state.budget.ms, "mflop": seen.state.budget.mflop}
+            await choose(Limits(**{**kept, seen.resource: float(slider.value)}))
+
+    with console.fresh(fetch, update):
+        lead = ui.html(sanitize=False)
+        with ui.element("div") as steering:
+            with ui.element("div").classes("bar"):
+                chosen = ui.html(sanitize=False)
+                console.button("As calibrated", lambda: choose(Limits()), quiet=True)
+            slider = ui.slider(min=0, max=1, step=0.01, value=0, on_change=lambda event: moved(event.value))
+            slider.props('aria-label="Budget per request"').on("change", drop)
+        with ui.element("figure") as drawn:
+            ui.html("<figcaption>Quality against cost</figcaption>", sanitize=False)
+            chart = ui.echart(look.axes("ms per request", "worth of a page"), renderer="svg").classes("chart tall")
+        below = ui.html(sanitize=False)
+
+
+def _lead(state: BudgetState, resource: str) -> str:
+    if not state.is_calibrated:
+        return look.paragraph(look.sentence(state.why), "lead")
+    words = []
+    if state.follows_traffic:
+        words.append(
+            "Prices follow the traffic here, within the server's capacity per second, so no budget is set by hand."
+        )
+    limits = [
+        f"{look.number(value, UNITS[name])}" for name in UNITS if (value := getattr(state.budget, name)) is not None
+    ]
+    same = "as calibrated" if state.budget == state.calibrated else "set while it runs"
+    words.append(f"Budget: {' and '.join(limits) or 'none'} a request ({same}).")
+    prices = [f"{look.number(price)} per {UNITS.get(name, name)}" for name, price in state.prices.items() if price]
+    words.append(f"Prices: {' and '.join(prices) or 'none, since the budget binds nowhere'}.")
+    words.append(
+        "Every chain is affordable now."
+        if state.cap_ms is None
+        else f"Overloaded: no chain above {look.number(state.cap_ms, 'ms')} now."
+    )
+    return look.paragraph(" ".join(words), "lead")
+
+
+def _below(seen: _Seen) -> str:
+    state, curve = seen.state, seen.curve
+    assert state is not None
+    worths = {chain.name: chain.worth for chain in curve.calibration.chains} if curve.calibration else {}
+    rows = [[c.name, look.number(c.ms), look.number(c.mflop), look.number(worths.get(c.name))] for c in state.chains]
+    told = "" if curve.report is None else look.paragraph(curve.report.sentence)
+    if state.is_calibrated and curve.report is None:
+        told = look.paragraph("Run “shortlist budget” on it to see what allocators make of these chains.", "soft")
+    unit = WORTHS.get(curve.calibration.worth, "worth") if curve.calibration else "worth"
+    return told + look.table("Chains that the allocator chooses from", ["chain", "ms", "MFLOP", unit], rows)
+
+
+def _draw(chart: Any, seen: _Seen) -> None:
+    """Chains as dots, allocators as lines, the budget as an upright line."""
+    resource, curve = seen.resource, seen.curve
+    options = look.axes(f"{UNITS[resource]} per request", "worth of a page")
+    options["tooltip"] = {"trigger": "item"}
+    options["yAxis"]["scale"] = options["xAxis"]["scale"] = True
+    chains: Sequence[Cost] = ()
+    if curve.report is not None:
+        chains = curve.report.frontier.chains
+    elif curve.calibration is not None:
+        chains = curve.calibration.chains
+    dots = [{"name": c.name, "value": [round(getattr(c, resource), 4), c.worth]} for c in chains if c.worth is not None]
+    marked = {}
+    if seen.limit is not None:
+        words = {"formatter": look.number(seen.limit, UNITS[resource]), "color": "var(--ink)"}
+        style = {"color": "var(--ink)", "type": "dashed"}
+        marked = {"markLine": {"symbol": "none", "label": words, "lineStyle": style, "data": [{"xAxis": seen.limit}]}}
+    series: list[dict[str, Any]] = [
+        {
+            "name": "fixed chains",
+            "type": "scatter",
+            "symbolSize": 6,
+            "data": dots,
+            "itemStyle": {"color": "var(--soft)"},
+            **marked,
+        }
+    ]
+    if curve.report is not None:
+        shades = {
+            "greenflow": "var(--accent)",
+            "dcaf": "var(--accent)",
+            "queue-only": "var(--accent)",
+            "oracle": "var(--soft)",
+        }
+        kinds = {
+            "greenflow": "solid",
+            "dcaf": "dashed",
+            "queue-only": "dotted",
+            "mixture": "dashed",
+            "oracle": "dotted",
+        }
+        arms = dict.fromkeys(point.arm for point in curve.report.frontier.points if point.arm != "fixed")
+        for arm in arms:
+            points = sorted(
+                [round(getattr(p, resource), 4), p.worth.mean] for p in curve.report.frontier.points if p.arm == arm
+            )
+            drawn = look.line(arm, points, shades.get(arm, "var(--other)"), showSymbol=True, symbolSize=5)
+            drawn["lineStyle"]["type"] = kinds.get(arm, "solid")
+            series.append(drawn)
+    options["series"] = series
+    if options != chart.options:
+        chart.options.clear()
+        chart.options.update(options)
+        chart.props(f'role="img" aria-label="{look.text(_words(seen, dots))}"')
+        chart.update()
+
+
+def _words(seen: _Seen, dots: Sequence[dict[str, Any]]) -> str:
+    """The figure in words."""
+    if seen.curve.report is not None:
+        return f"Quality against cost. {seen.curve.report.sentence}"
+    return f"Worth against {UNITS[seen.resource]} of {len(dots)} chains; the budget is {look.number(seen.limit, UNITS[seen.resource])}"
