@@ -166,7 +166,7 @@ def start_server(folder: Path) -> tuple[subprocess.Popen[str], str, str]:
 
     run, keys = make_run(folder / "run"), folder / "keys.json"
     _, key = add_key(keys, "fuzz", "admin")
-    words = ["serve", run, "--port", 0, "--keys", keys, "--time-limit-ms", 2000]
+    words = ["serve", run, "--port", 0, "--keys", keys, "--time-limit-ms", 2000, "--admin"]
     server = subprocess.Popen(
         [sys.executable, "-m", "shortlist.cli", *map(str, words)],
         stdout=subprocess.PIPE,

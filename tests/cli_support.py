@@ -6,6 +6,9 @@ import contextlib
 import importlib.util
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -95,6 +98,17 @@ def refused(*arguments: object) -> str:
     return lines[0].removeprefix("shortlist: ")
 
 
+def started(*arguments: object) -> subprocess.Popen[str]:
+    """The command in a process of its own, its output waiting to be read."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "shortlist.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+    )
+
+
 def write_shop(folder: Path, num_users: int = 60) -> Path:
     """The planted shop as events.csv, items.csv, users.csv and light.toml in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,8 +137,6 @@ def generated_log() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules["generated_log"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module

@@ -2,18 +2,16 @@
 
 import http.client
 import json
-import os
 import re
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
 import urllib.request
 
 import pytest
 
+from cli_support import started
 from shortlist.cascade.engine import Engine
 from shortlist.cli import main
 from shortlist.errors import ConfigError
@@ -21,22 +19,11 @@ from shortlist.serving.settings import ServerConfig, bind
 from shortlist.store.events import EventStore
 
 
-def command(*arguments):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "shortlist.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
 @pytest.fixture
 def served(run, tmp_path):
     """A copy-free run behind a real server: the process, its address and its files."""
     events, requests = tmp_path / "events.db", tmp_path / "requests.db"
-    process = command("serve", run, "--port", 0, "--events", events, "--request-log", requests)
+    process = started("serve", run, "--port", 0, "--events", events, "--request-log", requests)
     line = process.stdout.readline()
     found = re.search(r"serving (\w+) at (http://127\.0\.0\.1:\d+)", line)
     assert found, line + process.stderr.read()

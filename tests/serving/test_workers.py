@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -15,17 +13,6 @@ import pytest
 from shortlist.cli import main
 from shortlist.store.published import Place
 from shortlist.store.snapshot import read_snapshot
-
-
-def command(*arguments):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "shortlist.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
 
 
 def children(process):
@@ -71,18 +58,18 @@ def place(run, other_run, tmp_path):
 @pytest.fixture
 def start(place, tmp_path):
     """Starts servers of the place; each as its process and port."""
-    started = []
+    running = []
 
     def begin(*options):
-        process = command("serve", place.folder, "--port", 0, *options)
-        started.append(process)
+        process = started("serve", place.folder, "--port", 0, *options)
+        running.append(process)
         line = process.stdout.readline()
         found = re.search(r"serving (\w+) at http://127\.0\.0\.1:(\d+)", line)
         assert found, line + process.stderr.read()
         return process, int(found[2]), line
 
     yield begin
-    for process in started:
+    for process in running:
         if process.poll() is None:
             process.terminate()
         process.communicate(timeout=30)
