@@ -1,6 +1,6 @@
 """Off-policy estimates where the truth is known: bias, error and coverage of their intervals over many simulated logs.
 
-`shortlist prove off_policy_simulation`; needs no data; two to four minutes on one core. R requests, K places, n items, U users.
+`shortlist prove off_policy_simulation`; needs no data; three to four minutes on one core. R requests, K places, n items, U users.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shortlist.evaluation.evidence import Arm, Claim, Judgement, Lab, hold_if
 from shortlist.metrics.off_policy import logged, on_policy
 from shortlist.simulation import Policy, World, WorldConfig, best, popular
 
-NUM_ITEMS, PLACES, REQUESTS, LOGS = 40, 5, 2_000, 300
+NUM_ITEMS, PLACES, REQUESTS, LOGS = 40, 5, 4_000, 250
 WANTED = 0.2
 """Share of random pages of the policy that is judged."""
 EXPLORED = (0.5, 0.1)

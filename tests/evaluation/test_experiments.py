@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from cli_support import succeeds
+from cli_support import refused, succeeds
 from shortlist.cascade.experiments import Metric, read_experiments
 from shortlist.cascade.exposures import Exposure, write_experiments, write_stop
 from shortlist.cascade.request_log import RequestLog
@@ -238,6 +238,14 @@ def test_the_command_says_it_in_text_json_and_on_a_page(files):
     (folder / "x.toml").write_text(TEXT)
     checked = succeeds("experiment", "check", str(folder / "x.toml")).out
     assert "x: old 50.0%, new 50.0% of 100.0% on recommend; decided by clicks" in checked
+
+
+def test_the_command_refuses_with_a_sentence(files):
+    folder, *_ = files
+    assert "name the request log" in refused("experiment", "report")
+    assert "name the file to check" in refused("experiment", "check")
+    assert "no such file" in refused("experiment", "report", "--log", folder / "none.db")
+    assert "no experiment 'y'" in refused("experiment", "report", "--log", folder / "requests.db", "--experiment", "y")
 
 
 def test_pages_that_are_gone_are_told(files):
