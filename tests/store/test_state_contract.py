@@ -311,6 +311,30 @@ def test_a_store_without_its_server_says_so_at_once_and_works_again_by_itself(po
     store.close()
 
 
+def test_a_hanging_database_holds_up_one_request_at_a_time(postgres):
+    store = EventStore(postgres.schema(), patience_s=0.5)
+    store.append([event("a")])
+    postgres.pause(True)
+    try:
+        times = []
+        for _ in range(10):
+            began = time.perf_counter()
+            with pytest.raises(StoreUnavailable):
+                store.history(["u"])
+            times.append(time.perf_counter() - began)
+        assert max(times) < 6.0
+        assert sorted(times)[5] < 0.01
+    finally:
+        postgres.pause(False)
+    _wait_for(lambda: _works(store))
+    assert store.append([event("b", after=1)]) == 1
+    assert store.history(["u"]).item == ["a", "b"]
+    slow = text("SELECT pg_sleep(3)")
+    with pytest.raises(StoreUnavailable, match="statement timeout"):
+        store._database.read(lambda connection: connection.execute(slow))
+    store.close()
+
+
 def test_a_restart_between_two_requests_is_not_noticed(postgres):
     store = EventStore(postgres.schema())
     store.append([event("a")])

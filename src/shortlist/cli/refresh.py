@@ -34,7 +34,7 @@ def command(
     folder = run.absolute()
     found = events_at(folder, events)
     live = load_live(folder)
-    store = None if found is None else EventStore(found, max_per_user=ALL_EVENTS)
+    store = None if found is None else EventStore(found, max_per_user=ALL_EVENTS, patience_s=600.0)
     if found is not None:
         news = CatalogueStore(found)
         Upkeep(news).apply(live)  # users who were forgotten have no summary

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from shortlist.cli._options import Json, Quiet, Threads
+from shortlist.cli._options import Json, Quiet, Threads, events_at
 
 WORSE = 1
 """Exit code where the new run was not put in place."""
@@ -56,9 +56,9 @@ def command(
     from shortlist.store.events import StoreUnavailable
 
     source = run.absolute()
-    where = events or str(source.with_name(f"{source.name}.events.db"))
-    if "://" not in where and not Path(where).exists():
-        raise DataError(f"{where}: no such file; give the event store that the server writes with --events")
+    where = events_at(source, events)
+    if where is None:
+        raise DataError(f"there is no {source.name}.events.db beside {source}; say with --events where events come in")
 
     def once() -> tuple[str, float]:
         """One update; its outcome and the hours to the next."""
@@ -71,7 +71,7 @@ def command(
 
         chosen = RunConfig.from_toml(served_run(source) / CONFIG)
         config = chosen.override(*(f"update.{assignment}" for assignment in settings or ())).update
-        store, catalogue = EventStore(where), CatalogueStore(where)
+        store, catalogue = EventStore(where, patience_s=600.0), CatalogueStore(where)
         try:
             done = update(
                 source,

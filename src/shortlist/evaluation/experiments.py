@@ -200,7 +200,7 @@ def read_events(source: Path | str | None, units: Sequence[str]) -> pl.DataFrame
         raise DataError(f"{source}: no such file; give the event store that the server writes, or a log of events")
     if not is_address and Path(source).suffix != ".db":
         return _of_log(Path(source), units)
-    store = EventStore(source if is_address else Path(source), max_per_user=1_000_000)
+    store = EventStore(source if is_address else Path(source), max_per_user=1_000_000, patience_s=600.0)
     try:
         got = store.history(units)
     finally:

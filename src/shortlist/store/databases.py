@@ -31,7 +31,7 @@ PREPARE_S = 5.0
 LOCK_SPACE = 0x53484F52
 """First number of our advisory locks on PostgreSQL, so that they meet no other program's."""
 _SQLITE_HEAD = b"SQLite format 3\0"
-_SERVER_OPTIONS = "-c synchronous_commit=on -c statement_timeout=10000 -c lock_timeout=5000"
+PATIENCE_S = 3.0
 _REACH = {"connect_timeout": 2, "keepalives_idle": 10, "tcp_user_timeout": 3_000, "application_name": "shortlist"}
 """Seconds, and milliseconds, after which a server that says nothing counts as gone."""
 
@@ -47,13 +47,14 @@ class Database:
         where: path of a SQLite file, or a URL, postgresql://user:password@host:port/name.
         sync: whether a commit waits for the disk, on SQLite; PostgreSQL always waits ("full").
         what: the store, for messages.
+        patience_s: PostgreSQL: seconds for one statement, and of silence after which the server counts as gone.
 
     Raises:
         ConfigError: a URL of another kind, or the extra `postgres` is not installed.
         DataError: the file's folder is missing, or the file is something else.
     """
 
-    def __init__(self, where: Path | str, *, sync: Sync, what: str) -> None:
+    def __init__(self, where: Path | str, *, sync: Sync, what: str, patience_s: float = PATIENCE_S) -> None:
         place = place_of(where, what)
         self.what = what
         self.path = place if isinstance(place, Path) else None
@@ -67,7 +68,7 @@ class Database:
             self._breaker = Breaker(0.0)
         else:
             self.name = f"postgresql://{place.host or 'localhost'}:{place.port or 5432}/{place.database or ''}"
-            self.engine = _postgres_engine(place, what)
+            self.engine = _postgres_engine(place, what, patience_s)
             self._breaker = Breaker(REST_S)
 
     @property
@@ -182,19 +183,52 @@ def cause(error: SQLAlchemyError) -> str:
     return " ".join(str(getattr(error, "orig", None) or error).split())
 
 
-def _postgres_engine(url: URL, what: str) -> Engine:
-    library("psycopg", extra="postgres", user=f"{what} on PostgreSQL")
-    given = url.query.get("options", "")
-    options = " ".join([*([given] if isinstance(given, str) else given), _SERVER_OPTIONS])
-    return create_engine(
+def _postgres_engine(url: URL, what: str, patience_s: float) -> Engine:
+    psycopg = library("psycopg", extra="postgres", user=f"{what} on PostgreSQL")
+    given, limit_ms = url.query.get("options", ""), round(patience_s * 1_000)
+    own = f"-c synchronous_commit=on -c statement_timeout={limit_ms} -c lock_timeout={limit_ms}"
+    engine = create_engine(
         url,
         pool_size=8,
         max_overflow=8,
         pool_timeout=5,
         pool_pre_ping=True,
         isolation_level="READ COMMITTED",
-        connect_args={**_REACH, "options": options},
+        connect_args={**_REACH, "options": " ".join([*([given] if isinstance(given, str) else given), own])},
     )
+
+    class Connected(psycopg.Connection):  # type: ignore[misc, name-defined, unused-ignore]
+        """A connection that does not wait for ever: the server's own limits are of no use where the server hangs."""
+
+        def wait(self, work: Any, *told: Any, **named: Any) -> Any:
+            """The result of one exchange; the connection is closed where the server falls silent in it."""
+            try:
+                return super().wait(_within(work, patience_s + 1.0), *told, **named)
+            except TimeoutError:
+                self.close()
+                raise psycopg.OperationalError(f"no answer for {patience_s + 1.0:g} seconds") from None
+
+    @event.listens_for(engine, "do_connect")
+    def _connect(_dialect: Any, _record: Any, told: Any, named: Any) -> Any:
+        return Connected.connect(*told, **named)
+
+    return engine
+
+
+def _within(work: Any, silence_s: float) -> Any:
+    """A generator that waits for a socket, with TimeoutError where nothing comes for so long; psycopg looks every 0.1 seconds."""
+    until = time.monotonic() + silence_s
+    try:
+        wanted = next(work)
+        while True:
+            ready = yield wanted
+            if ready:
+                until = time.monotonic() + silence_s
+            elif time.monotonic() > until:
+                raise TimeoutError
+            wanted = work.send(ready)
+    except StopIteration as done:
+        return done.value
 
 
 @contextmanager

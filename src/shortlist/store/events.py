@@ -43,7 +43,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from shortlist.data.histories import Int
 from shortlist.errors import DataError
-from shortlist.store.databases import LOCK_SPACE, Database
+from shortlist.store.databases import LOCK_SPACE, PATIENCE_S, Database
 from shortlist.store.databases import StoreUnavailable as StoreUnavailable
 from shortlist.store.databases import available as available
 from shortlist.store.databases import sqlite_engine as sqlite_engine
@@ -126,6 +126,7 @@ class EventStore:
         where: path of a SQLite file, made when missing, or postgresql://user:password@host:port/name with the extra `postgres`.
         sync: on SQLite, "full" survives a power cut, "normal" only the death of the process, and is quicker.
         max_per_user: newest events of a user that `history` gives; older ones stay in the store.
+        patience_s: on PostgreSQL, seconds for one statement; more than a request has is for work that reads everything.
 
     Raises:
         DataError: the folder is missing, or the file is something else than an event store, or the server can not be used.
@@ -133,10 +134,15 @@ class EventStore:
     """
 
     def __init__(
-        self, where: Path | str, *, sync: Literal["full", "normal"] = "full", max_per_user: int = 1_000
+        self,
+        where: Path | str,
+        *,
+        sync: Literal["full", "normal"] = "full",
+        max_per_user: int = 1_000,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         self.max_per_user = max_per_user
-        self._database = Database(where, sync=sync, what="an event store")
+        self._database = Database(where, sync=sync, what="an event store", patience_s=patience_s)
         self._database.prepare(EVENTS)
         self._writing = threading.Lock()
         self._one_user, self._many_users = _newest_of_one(max_per_user), _newest_of_many(max_per_user)
