@@ -61,6 +61,11 @@ def test_ads_are_chosen_and_clicks_charged_once(served):
     assert (first["charged"], first["repeated"], first["campaign"]) == (0.4, False, "spring")
     assert (second["charged"], second["repeated"]) == (0.4, True)
     assert served.get("/v1/ads/campaigns/spring").json()["spent"] == 0.4
+    lines = served.get("/metrics").text.splitlines()
+    for outcome, number in (("shown", 2), ("charged", 1), ("repeated", 1)):
+        assert f'shortlist_ads_total{{outcome="{outcome}"}} {number}.0' in lines
+    assert "shortlist_ads_charged_total 0.4" in lines
+    assert 'shortlist_stage_seconds_count{stage="ranking"} 1.0' in lines
 
 
 def test_a_body_brings_candidates_a_history_and_rules(served):

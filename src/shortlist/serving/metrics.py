@@ -9,10 +9,12 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from shortlist.cascade.ads import AdsAnswer
 from shortlist.cascade.allocation.base import RESOURCES
 from shortlist.cascade.answers import Answer
 from shortlist.cascade.engine import Engine, Recorded
 from shortlist.serving.batching import Batcher
+from shortlist.store.campaigns import Charge
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -51,6 +53,10 @@ class Metrics:
         self._unknown = Counter(
             "shortlist_events_unknown", "Events that name something the snapshot lacks.", ("what",), registry=own
         )
+        self._ads = Counter(
+            "shortlist_ads", "Ads shown and clicks told, by what became of them.", ("outcome",), registry=own
+        )
+        self._charged = Counter("shortlist_ads_charged", "Money charged for clicks.", registry=own)
         self.registry.register(_ServerState(engine, batcher))
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
@@ -62,6 +68,20 @@ class Metrics:
         """One page was made."""
         self._items.inc(len(answer.items))
         self._chains.labels(answer.chain, answer.allotted.reason).inc()
+        self._made(answer)
+
+    def ads(self, answer: AdsAnswer) -> None:
+        """Ads of one page were chosen."""
+        self._ads.labels("shown").inc(len(answer.ads))
+        self._made(answer)
+
+    def click(self, charge: Charge) -> None:
+        """A click on an ad was told."""
+        outcome = "repeated" if charge.repeated else "charged" if charge.charged == charge.price else "unpaid"
+        self._ads.labels(outcome).inc()
+        self._charged.inc(0.0 if charge.repeated else charge.charged)
+
+    def _made(self, answer: Answer | AdsAnswer) -> None:
         for stage in answer.stages:
             self._stage_seconds.labels(stage.stage).observe(stage.spent_ms / 1e3)
             self._stage_mflop.labels(stage.stage).inc(stage.spent_mflop)

@@ -2,7 +2,7 @@
 
     PLACE/current.json             the version that is served, and all versions in the order in which they were published
     PLACE/3f2a09c41b7d/            a run, as `shortlist train --out` wrote it
-    PLACE/3f2a09c41b7d.allocation  and what stood beside it there: calibration, summaries, text index
+    PLACE/3f2a09c41b7d.allocation  and what stood beside it there: calibrations, summaries, text index
 
 A version is copied beside its place, checked against its own digests and renamed; `current.json` is replaced in one step after that.
 So whoever reads the place, also in the middle of a publication or after a kill -9, finds a whole run. Versions never change, which
@@ -28,7 +28,7 @@ CURRENT = "current.json"
 FORMAT = 1
 KEEP = 5
 """Versions that stay in a place where nobody says another number."""
-BESIDE = ("allocation", "search", "summaries.*")
+BESIDE = ("allocation", "search", "summaries.*", "clicks.json")
 """What belongs to a run and stands beside it, as RUN.NAME."""
 _LOCK, _COPYING, _LEAVING = ".lock", "publishing", "leaving"
 

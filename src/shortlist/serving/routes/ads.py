@@ -123,6 +123,7 @@ def add(app: FastAPI, server: Server) -> None:
             rules=body.rules or NO_RULES,
             deadline_ms=server.config.time_limit_ms,
         )
+        server.metrics.ads(answer)
         return plain_json(answer.to_dict())
 
     @app.post(
@@ -133,7 +134,9 @@ def add(app: FastAPI, server: Server) -> None:
     )
     def click(body: ClickIn) -> Response:
         """Charge a click, once however often it is told. When this answers, the charge is durable."""
-        return plain_json(asdict(ads.click(body.request_id, body.slot)))
+        charge = ads.click(body.request_id, body.slot)
+        server.metrics.click(charge)
+        return plain_json(asdict(charge))
 
     @app.get(
         "/v1/ads/campaigns",
