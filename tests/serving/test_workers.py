@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from cli_support import started
 from shortlist.cli import main
 from shortlist.store.published import Place
 from shortlist.store.snapshot import read_snapshot
