@@ -20,6 +20,7 @@ from shortlist.cascade.engine import Engine
 from shortlist.cascade.run import load_run
 from shortlist.cascade.schedule import UpdateConfig
 from shortlist.cascade.updating import update
+from shortlist.cli import main
 from shortlist.data.dataset import build_dataset
 from shortlist.data.log import read
 from shortlist.errors import ConfigError, SnapshotError
@@ -257,6 +258,53 @@ def test_a_damaged_snapshot_is_refused_by_file(place, events):
     file.write_bytes(content)
     with pytest.raises(SnapshotError, match=r"dnn\.safetensors is damaged"):
         update(place.folder, events, progress=False)
+
+
+def test_events_that_the_run_has_already_are_not_new(place, events):
+    """A store that also holds what the run was trained on: only what came later counts."""
+    frame, _ = shop_frames()
+    known = [
+        Event(user=user, item=str(item), timestamp=then.timestamp(), action=action)
+        for user, item, then, action, _ in frame.iter_rows()
+    ]
+    events.append(known)
+    assert update(place.folder, events, config=UpdateConfig(min_events=5_000), progress=False).num_new == len(
+        later_events()
+    )
+
+
+def test_two_updates_do_not_mix(place, events):
+    at_work = updating._alone(place.folder.with_name("place.updating"))
+    with at_work, pytest.raises(SnapshotError, match="another update of this run is at work"):
+        update(place.folder, events, progress=False)
+
+
+def test_a_run_whose_writer_died_between_its_renames_is_updated_all_the_same(place, events, tmp_path):
+    source = place.current_run.rename(tmp_path / "own.previous").with_name("own")
+    assert update(source, events, progress=False).outcome == "updated"
+    assert load_run(source).metrics["update"]["num_new"] == len(later_events())
+
+
+def test_watching_goes_on_after_a_fault(place, events, monkeypatch, capsys):
+    """Every round begins so many hours after the one before; a round that fails is told and is not the last."""
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 1:
+            (place.folder / "current.json").rename(place.folder.with_name("aside.json"))
+        elif len(waits) == 2:
+            place.folder.with_name("aside.json").rename(place.folder / "current.json")
+        else:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("shortlist.cli.update.time.sleep", sleep)
+    with pytest.raises(SystemExit, match="130"):
+        main(["update", str(place.folder), "--watch", "--quiet", "--set", "min_events=99999", "--set", "every_hours=2"])
+    said = capsys.readouterr()
+    assert said.out.count("too few to learn from") == 2
+    assert said.err.count("place") == 1
+    assert all(7_000 < wait <= 7_200 for wait in waits)
 
 
 def test_too_little_is_left_alone(place, events):

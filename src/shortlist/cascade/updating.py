@@ -8,9 +8,11 @@ The old snapshot stays where it is until the new one is complete: a stop at any 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,13 +31,14 @@ from shortlist.cascade.run import Run, load_run, make_system, save_run
 from shortlist.cascade.schedule import UpdateConfig
 from shortlist.cascade.warm import FirstWeights
 from shortlist.data.dataset import Dataset
-from shortlist.data.extending import Extended, NewEvents, extended
+from shortlist.data.extending import Extended, NewEvents, extended, unseen
 from shortlist.data.histories import Int, Requests
-from shortlist.errors import ConfigError
+from shortlist.errors import ConfigError, SnapshotError
 from shortlist.metrics import ranking
 from shortlist.store.catalogue import CatalogueStore, ItemNow, digest
 from shortlist.store.events import EventStore
 from shortlist.store.published import KEEP, Place, is_place, served_run
+from shortlist.store.snapshot import restore_interrupted
 
 TAKEN = "taken.json"
 """In the training state: which events an update takes, so that one that was stopped goes on with the same."""
@@ -118,23 +121,43 @@ def update(
         tell: gets lines of progress of the update itself.
 
     Raises:
-        SnapshotError: `source` is damaged. ConfigError: a run that can not be updated. DataError: nothing to judge by.
+        SnapshotError: `source` is damaged, or another update of it is at work. ConfigError: a run that can not be updated.
+        DataError: nothing to judge by.
         StoreUnavailable: events can not be read. TrainingInterrupted: Ctrl-C; the next update goes on.
     """
     source = Path(source).absolute()
     place = publish or (source if is_place(source) else None)
+    state = source.with_name(f"{source.name}.updating")
+    with _alone(state):
+        if place is None:
+            restore_interrupted(source)
+        return _updated(source, state, events, place, config, catalogue, keep, progress, tell)
+
+
+def _updated(
+    source: Path,
+    state: Path,
+    events: EventStore,
+    place: Path | None,
+    config: UpdateConfig | None,
+    catalogue: CatalogueStore | None,
+    keep: int,
+    progress: bool,
+    tell: Callable[[str], None],
+) -> Updated:
+    """`update`, while no other one is at work."""
     run = load_run(served_run(source))
     config = config or run.config.update
     if run.config.learning.candidates == "logged":
         raise ConfigError(
             "this run learns from what the log's own pages showed, and events that come in do not say that: train it again from its log"
         )
-    state = source.with_name(f"{source.name}.updating")
     taken = _taken(state, run, events)
     new = _read(events, taken["after"], taken["upto"])
-    if len(new) < config.min_events:
+    num_new = int(unseen(run.dataset, new).sum())
+    if num_new < config.min_events:
         shutil.rmtree(state, ignore_errors=True)
-        return Updated(outcome="too few", version=run.version, num_new=len(new))
+        return Updated(outcome="too few", version=run.version, num_new=num_new)
     grown = _extended(run.dataset, new, config, catalogue)
     tell(f"{grown.num_new:,} new events since {run.version}; {grown.num_repeated:,} were known already")
     made, cold = _trained(run, grown, config, state, progress)
@@ -160,6 +183,19 @@ def update(
     lost = _beside(run.folder)
     shutil.rmtree(state, ignore_errors=True)
     return replace(outcome, outcome="updated", version=version, lost=lost)
+
+
+@contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """Inside the block no other process updates the same run; the lock of one that was killed is free at once."""
+    with state.with_name(f"{state.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SnapshotError(
+                f"{state} is in use: another update of this run is at work; wait for its end"
+            ) from error
+        yield
 
 
 # -- events -----------------------------------------------------------------------------------------------------------

@@ -172,11 +172,12 @@ def events_at(folder: Path, given: str | None) -> Path | str | None:
 
 
 def open_engine(run: Path, events: str | None) -> Engine:
-    """The run, with the events at the place given, else those that a server keeps beside the run, if any."""
+    """The run, or what a place of runs serves now, with the events at the place given, else those that a server keeps beside it, if any."""
     from shortlist.cascade.engine import Engine
+    from shortlist.store.published import served_run
 
     folder = run.absolute()
-    return Engine.load(folder, events=events_at(folder, events))
+    return Engine.load(served_run(folder), events=events_at(folder, events))
 
 
 def with_log(function: Callable[..., None]) -> Callable[..., None]:

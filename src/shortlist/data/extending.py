@@ -67,6 +67,12 @@ class Extended:
     """[U + 1] row that each user of the new dataset had in the old one; 0 = none."""
 
 
+def unseen(dataset: Dataset, new: NewEvents) -> NDArray[np.bool_]:
+    """bool [M]: whether an event is new to the dataset: no event of it has the same user, item and second."""
+    user, item = dataset.user_ids.encode(new.user), dataset.item_ids.encode(new.item)
+    return ~_among(user, item, new.time_ms // _MS, dataset.histories)
+
+
 def extended(
     dataset: Dataset,
     new: NewEvents,

@@ -69,8 +69,7 @@ def write_snapshot(folder: Path, write: Callable[[Path], None]) -> Manifest:
     """
     folder = Path(folder).absolute()
     beside, previous = folder.with_name(f"{folder.name}.writing"), folder.with_name(f"{folder.name}.previous")
-    if previous.exists() and not folder.exists():  # an earlier writer died between its two renames
-        previous.rename(folder)
+    restore_interrupted(folder)
     check_writable(folder)
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -88,6 +87,13 @@ def write_snapshot(folder: Path, write: Callable[[Path], None]) -> Manifest:
     beside.rename(folder)
     shutil.rmtree(previous, ignore_errors=True)
     return manifest
+
+
+def restore_interrupted(folder: Path) -> None:
+    """Put back the snapshot that a writer had moved aside when it died between its two renames. For writers: another may be at work."""
+    previous = folder.with_name(f"{folder.name}.previous")
+    if previous.exists() and not folder.exists():
+        previous.rename(folder)
 
 
 def check_writable(folder: Path) -> None:
