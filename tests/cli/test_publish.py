@@ -48,3 +48,12 @@ def test_damage_is_refused_by_file(runs, tmp_path):
     assert "--version says where to go back to" in str(
         refused("publish", runs[1], "--to", tmp_path / "place", "--version", "abc")
     )
+
+
+def test_commands_that_open_a_run_open_a_place(shop, tmp_path):
+    """`recommend` on a place gives the page of its current run."""
+    place = tmp_path / "place"
+    succeeds("publish", shop, "--to", place)
+    there, here = (succeeds("recommend", folder, "--user", "1", "--json").json for folder in (place, shop))
+    assert [item["item_id"] for item in there["items"]] == [item["item_id"] for item in here["items"]]
+    assert there["snapshot_version"] == here["snapshot_version"]
