@@ -174,6 +174,31 @@ def test_candidates_of_a_request(engine):
             engine.ads(None, candidates=[AdCandidate(campaign="x", item=1, bid=bid)])
 
 
+def test_a_deleted_campaign_is_not_brought_back_by_a_bid(engine):
+    engine.ads.kept.put(
+        campaign("gone"), campaign("poor", budget=0.5, reserve=0.6), campaign("strange", items=("no such item",))
+    )
+    engine.ads.kept.remove("gone")
+    candidates = [AdCandidate(campaign=name, item=ITEMS[0], bid=5.0) for name in ("gone", "new")]
+    answer = engine.ads("user-3", 2, candidates=candidates)
+    assert [ad.campaign for ad in answer.ads] == ["new"]
+    assert answer.removed == {"schedule": 1}
+    everybody = engine.ads("user-3", 2)
+    assert everybody.ads == ()
+    assert everybody.removed == {"budget": 1}
+    assert everybody.ignored == {"items": 1}
+
+
+def test_the_engines_deadline_holds_for_ads(tmp_path):
+    with ads_engine(tmp_path) as engine:
+        engine.config = replace(engine.config, deadline_ms=1e-6)
+        engine.ads.kept.put(campaign("a"), campaign("b", bid=0.5))
+        answer = engine.ads("user-3", 1)
+        assert won(answer) == [("a", 0.5)]
+        assert answer.ads[0].probability == 0.1
+        assert answer.degraded
+
+
 def test_rules_hold_for_ads(engine):
     engine.ads.kept.put(campaign("a", bid=2.0), Campaign(campaign="b", budget=9, bid=1.0, items=(str(NEW),)))
     seen = engine.history("user-3")[0].item_id

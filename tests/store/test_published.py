@@ -63,6 +63,7 @@ def test_what_stands_beside_a_run_comes_along(tmp_path, place):
     run = make_run(tmp_path / "r[1]*", 1)
     make_run(run.with_name(f"{run.name}.allocation"), 7)
     (tmp_path / f"{run.name}.summaries.vista").write_bytes(b"summary")
+    (tmp_path / f"{run.name}.clicks.json").write_text("{}")
     (tmp_path / f"{run.name}.summaries.vista.part").write_bytes(b"being written")
     (tmp_path / f"{run.name}.events.db").write_bytes(b"not of the run")
     (tmp_path / "r1x.allocation").write_bytes(b"of another run, whose name fits the pattern")
@@ -71,6 +72,7 @@ def test_what_stands_beside_a_run_comes_along(tmp_path, place):
         ".lock",
         version,
         f"{version}.allocation",
+        f"{version}.clicks.json",
         f"{version}.summaries.vista",
         "current.json",
     ]

@@ -228,13 +228,16 @@ class Ads:
         """
         began = time.perf_counter()
         live, now, request_id = self._engine.live, time.time(), uuid.uuid4().hex
+        limits = [ms for ms in (deadline_ms, self._engine.config.deadline_ms) if ms is not None]
         calibration = self.calibration(live)
         asked = self._check(live, user, slots, candidates, history, context, rules)
         problems = list(live.problems)
         entered = self._entered(live, candidates, now, request_id, problems)
         reports: tuple[StageReport, ...] = ()
         if len(entered.row_C):
-            rows, chances, reports = self._chances(live, calibration, asked, entered, deadline_ms, problems)
+            rows, chances, reports = self._chances(
+                live, calibration, asked, entered, min(limits, default=None), problems
+            )
             at_C = np.minimum(np.searchsorted(rows, entered.row_C), max(len(rows) - 1, 0))
             permitted_C = rows[at_C] == entered.row_C if len(rows) else np.zeros(len(at_C), dtype=bool)
             entered.keep(permitted_C)
@@ -321,12 +324,15 @@ class Ads:
     ) -> _Field:
         """Campaigns that run, have money and were drawn, with what they bid for each item."""
         accounts: list[Account] = []
+        named = sorted({candidate.campaign for candidate in candidates or ()})
+        ended: set[str] = set()
         if self.store is not None:
             try:
                 if abs(now - self._looked) > LOOK_S:
                     self._looked = now
                     self.store.give_back(now=now)
                 accounts = self.store.accounts()
+                ended = self.store.ended(named) if named else ended
             except StoreUnavailable as error:
                 problems.append(f"campaigns can not be read, so there are no ads: {error}")
                 return _Field()
@@ -337,33 +343,36 @@ class Ads:
             wanted = {name: (self._rows_of(live, account.campaign), None) for name, account in by_name.items()}
         else:
             wanted = _brought(live, candidates, by_name)
-        named = [by_name[name] for name in wanted if name in by_name]
-        factor_of = dict(zip((a.campaign.campaign for a in named), factors_of(named, now, self.config.pacing).tolist()))
+        known = [by_name[name] for name in wanted if name in by_name]
+        factor_of = dict(zip((a.campaign.campaign for a in known), factors_of(known, now, self.config.pacing).tolist()))
         rng = np.random.default_rng(int(request_id, 16))
         parts: list[tuple[Int, Int, Int, Int]] = []
         for name, (rows, bids) in wanted.items():
             account, lot = by_name.get(name), rng.random()
+            if name in ended:
+                entered.count("schedule")
+                continue
             paced = _paced(entered, account, factor_of.get(name, 1.0), lot, now)
-            if paced is None:
+            there = rows > 0
+            entered.ignored["items"] = entered.ignored.get("items", 0) + int((~there).sum())
+            if paced is None or not there.any():
                 continue
             factor, propensity = paced
-            known = rows > 0
-            entered.ignored["items"] = entered.ignored.get("items", 0) + int((~known).sum())
-            asked_bids = np.full(len(rows), to_micros(account.campaign.bid)) if bids is None and account else bids
-            assert asked_bids is not None
-            bid = asked_bids[known]
+            wished = np.full(len(rows), to_micros(account.campaign.bid)) if bids is None and account else bids
+            assert wished is not None
+            wished, rows = wished[there], rows[there]
             reserve = to_micros(max(self.config.auction.reserve, account.campaign.reserve if account else 0.0))
-            if account is not None:
-                bid = np.minimum((bid * factor).astype(np.int64), account.left)
+            bid = wished if account is None else np.minimum((wished * factor).astype(np.int64), account.left)
             fine = (bid > 0) & (bid >= reserve)
             if not fine.any():
-                entered.count("pacing" if factor < 1 and (asked_bids[known] >= reserve).any() else "reserve")
+                is_poor = account is not None and account.left < max(reserve, 1)
+                entered.count("budget" if is_poor else "pacing" if (wished >= max(reserve, 1)).any() else "reserve")
                 continue
             entered.names.append(name)
             entered.accounts.append(account)
             entered.propensity.append(propensity)
             number = np.full(int(fine.sum()), len(entered.names) - 1)
-            parts.append((number, rows[known][fine], bid[fine], np.full(len(number), reserve)))
+            parts.append((number, rows[fine], bid[fine], np.full(len(number), reserve)))
         if parts:
             entered.campaign_C, entered.row_C, entered.bid_C, entered.reserve_C = map(np.concatenate, zip(*parts))
         most = self.config.max_candidates
@@ -419,7 +428,11 @@ class Ads:
                 trace = next(trace for trace in page.traces if trace.name == stage)
                 found = trace.rows.values.cpu().numpy()
                 order = np.argsort(found)
-                if scores is not None and trace.degraded(0) is None and systems == calibration.systems:
+                if systems != calibration.systems:
+                    problems.append(
+                        "the calibration is of other systems, so the mean click rate stands for every chance"
+                    )
+                elif scores is not None and trace.degraded(0) is None:
                     return found[order], calibration.chances(scores[order]), reports
                 return found[order], np.full(len(found), max(calibration.rate, 1e-6)), reports
             except Exception as error:  # a request always gets an answer

@@ -325,6 +325,14 @@ class CampaignStore:
             if row.campaign in known
         ]
 
+    def ended(self, names: Sequence[str]) -> set[str]:
+        """Which of these were deleted, and so may not be shown under any bid."""
+        gone = [
+            select(CAMPAIGNS.c.campaign).where(CAMPAIGNS.c.campaign.in_(names[at : at + 500]), CAMPAIGNS.c.deleted)
+            for at in range(0, len(names), 500)
+        ]
+        return self._database.read(lambda connection: {name for wanted in gone for name in connection.scalars(wanted)})
+
     def _definitions(self, names: Sequence[str]) -> dict[str, tuple[int, Campaign]]:
         chunks = [
             select(CAMPAIGNS).where(CAMPAIGNS.c.campaign.in_(names[at : at + 500])) for at in range(0, len(names), 500)
