@@ -167,6 +167,15 @@ def test_trying_keys_is_slow_and_leaves_known_ones_alone(client_of, keys):
     assert client.get("/v1/recommend/user-3", headers=fine).status_code == 200
 
 
+def test_right_keys_are_no_tries(client_of, tmp_path):
+    """After a restart all callers behind one address show their keys for the first time."""
+    file = tmp_path / "keys.json"
+    secrets = [add_key(file, f"shop-{n}", "read", cost=CHEAP)[1] for n in range(MAX_TRIES + 5)]
+    client = client_of(keys=file)
+    for secret in secrets:
+        assert client.get("/v1/recommend/user-3", headers={"x-api-key": secret}).status_code == 200
+
+
 def test_others_can_only_reach_a_server_with_keys(keys):
     with pytest.raises(ConfigError, match="shortlist keys add NAME"):
         bind(ServerConfig(port=0, host="0.0.0.0"))

@@ -34,7 +34,7 @@ ASK = ("/v1/recommend", "/v1/search", "/v1/ads", "/v1/similar", "/v1/explain")
 WRITE = ("/v1/events", "/v1/items", "/v1/users", "/v1/ads/click", "/v1/ads/campaigns")
 """Paths at which data and money stand, whatever the method."""
 TRIES_PER_S, MAX_TRIES = 1.0, 10
-"""Keys never proved before that one address may try: each costs some 50 ms of a core."""
+"""Keys that are none which one address may try: each can cost up to 0.1 s of a core."""
 _LONGEST_KEY = 200
 
 
@@ -116,8 +116,9 @@ class Guard:
                 return _slower(wait_s, "too many keys that are not known here were tried from this address")
             async with self._proving:  # one at a time: tried keys must not take the cores that pages need
                 key = self.keyring.known(given) or await anyio.to_thread.run_sync(self.keyring.prove, given)
-        if key is None:
-            return _unknown("this API key is not known here; it may have been revoked")
+            if key is None:
+                return _unknown("this API key is not known here; it may have been revoked")
+            self._tries.put_back(address)  # many callers behind one address may all be right
         call = CALL.get()
         if call is not None:
             call.key = key.id

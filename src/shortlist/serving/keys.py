@@ -33,7 +33,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 """Each may do what those before it may."""
 FORMAT = 1
 COST = 2**14
-"""scrypt's n: 16 MiB and some 50 ms for every key that was not proved before."""
+"""scrypt's n: 16 MiB and 0.05 to 0.1 s for every key that was not proved before."""
 _COSTS = range(2**10, 2**17)
 _LOOK_S = 1.0
 """Seconds between looks at the file: a key that is revoked stops working within this time."""

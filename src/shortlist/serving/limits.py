@@ -58,6 +58,12 @@ class Buckets:
             self._level.popitem(last=False)
         return 0.0 if enough else (1 - tokens) / self.rate
 
+    def put_back(self, caller: str) -> None:
+        """Undo a `take` that need not have been."""
+        if caller in self._level:
+            tokens, since = self._level[caller]
+            self._level[caller] = (min(self.burst, tokens + 1), since)
+
 
 @lru_cache(maxsize=4_096)
 def network(address: str) -> str:
