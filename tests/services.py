@@ -7,6 +7,7 @@ PostgreSQL refuses to run as root, so as root it runs as the user that its packa
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import pwd
@@ -23,6 +24,7 @@ from pathlib import Path
 PACKAGES = {"postgres": "postgresql", "redis-server": "redis-server"}
 _APT = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
 _START_S = 30.0
+_PR_SET_PDEATHSIG = 1
 
 
 class CanNotBeHad(RuntimeError):
@@ -58,7 +60,9 @@ class _Service:
     """A server process that can be killed and started again on the same port and folder."""
 
     def __init__(self, prefix: str, user: str | None, beneath: str | None = None) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=beneath or _quick_folder()))
+        where = Path(beneath or _quick_folder())
+        _sweep(where, prefix)
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=where))
         self.user = user if os.geteuid() == 0 else None
         if self.user is not None:
             owner = pwd.getpwnam(self.user)
@@ -78,6 +82,7 @@ class _Service:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,  # also when a run of tests is killed
                 **self.credentials(),
             )
         deadline = time.monotonic() + _START_S
@@ -142,6 +147,7 @@ class Postgres(_Service):
         settings = (
             "listen_addresses=127.0.0.1",
             "unix_socket_directories=",
+            "dynamic_shared_memory_type=mmap",  # in the folder: a killed server leaves nothing in /dev/shm
             "shared_buffers=16MB",
             "min_wal_size=32MB",
         )
@@ -197,6 +203,19 @@ class Redis(_Service):
         import redis
 
         redis.Redis(port=self.port).flushall()
+
+
+def _end_with_parent() -> None:
+    """SIGINT for this process when its parent dies: PostgreSQL and Redis both stop at once on it, clients or not."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
+
+
+def _sweep(where: Path, prefix: str) -> None:
+    """Remove what runs of tests that were killed have left."""
+    for left in where.glob(f"{prefix}*"):
+        pid = left.name.removeprefix(prefix).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _children(parent: int) -> list[int]:

@@ -6,6 +6,7 @@
 
     scores     the run's ranking stage scores all candidates for this user
     chances    the run's calibration makes probabilities of a click of them           cascade/click_chance.py
+    bidders    campaigns that run and have money                                      cascade/bidders.py
     pacing     bids follow what each campaign has spent of its plan                   cascade/pacing.py
     auction    places by bid x chance, at the next one's price                        cascade/auction.py
     money      the prices are set aside before anybody sees an ad                     store/campaigns.py
@@ -22,26 +23,28 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shortlist.cascade.auction import NOBODY, AuctionConfig, Outcome, hold
+from shortlist.cascade.bidders import AdCandidate as AdCandidate
+from shortlist.cascade.bidders import Bidders, enter, names_of, wishes_brought, wishes_of_all
 from shortlist.cascade.click_chance import Calibration, clicks_path, judged_systems, scores_of
 from shortlist.cascade.knowing import Known, reason_of, rulings_of
 from shortlist.cascade.live import Live
 from shortlist.cascade.meter import StageReport
-from shortlist.cascade.pacing import PacingConfig, factors_of, is_running
+from shortlist.cascade.pacing import PacingConfig
 from shortlist.cascade.pasts import PastEvent
 from shortlist.cascade.questions import Asked, Question, check
 from shortlist.cascade.rules import NO_RULES, Rules
 from shortlist.data.histories import Int
 from shortlist.data.jagged import Jagged
 from shortlist.data.vocabulary import Id
-from shortlist.errors import ConfigError, DataError
+from shortlist.errors import ConfigError
 from shortlist.store.campaigns import (
-    MAX_MONEY,
     MICROS,
     Account,
     Campaign,
@@ -49,8 +52,6 @@ from shortlist.store.campaigns import (
     Charge,
     Refused,
     Showing,
-    check_id,
-    to_micros,
 )
 from shortlist.store.events import StoreUnavailable
 
@@ -85,18 +86,6 @@ class AdsConfig:
         for name in ("max_slots", "max_candidates"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdCandidate:
-    """An item that a request names for the auction."""
-
-    campaign: str
-    """Registered or not; one that is not has no budget, and its clicks are charged without a limit."""
-    item: Id
-    """One that the run does not know takes no part."""
-    bid: float | None = None
-    """The most a click may cost, in units of currency; None = the registered campaign's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,35 +139,6 @@ class AdsAnswer:
             "ads": [{f: getattr(ad, f) for f in Ad.__slots__} for ad in self.ads],
             "stages": [{f: getattr(stage, f) for f in StageReport.__slots__} for stage in self.stages],
         }
-
-
-@dataclass(slots=True)
-class _Field:
-    """Everybody who could take part: campaigns, and their candidates as arrays [C]."""
-
-    names: list[str] = field(default_factory=list)
-    accounts: list[Account | None] = field(default_factory=list)
-    """By campaign; None where it is not registered."""
-    propensity: list[float] = field(default_factory=list)
-    """By campaign."""
-    campaign_C: Int = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    row_C: Int = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    bid_C: Int = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    reserve_C: Int = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    removed: dict[str, int] = field(default_factory=dict)
-    ignored: dict[str, int] = field(default_factory=dict)
-    draw: float = 1.0
-    """Chance of what was drawn."""
-
-    def count(self, reason: str, number: int = 1) -> None:
-        """So many more campaigns were kept out for a reason."""
-        if number:
-            self.removed[reason] = self.removed.get(reason, 0) + number
-
-    def keep(self, mask_C: NDArray[np.bool_]) -> None:
-        """Only these candidates stay."""
-        for name in ("campaign_C", "row_C", "bid_C", "reserve_C"):
-            setattr(self, name, getattr(self, name)[mask_C])
 
 
 class Ads:
@@ -321,10 +281,10 @@ class Ads:
 
     def _entered(
         self, live: Live, candidates: Sequence[AdCandidate] | None, now: float, request_id: str, problems: list[str]
-    ) -> _Field:
+    ) -> Bidders:
         """Campaigns that run, have money and were drawn, with what they bid for each item."""
+        named = names_of(candidates or ())
         accounts: list[Account] = []
-        named = sorted({candidate.campaign for candidate in candidates or ()})
         ended: set[str] = set()
         if self.store is not None:
             try:
@@ -335,53 +295,23 @@ class Ads:
                 ended = self.store.ended(named) if named else ended
             except StoreUnavailable as error:
                 problems.append(f"campaigns can not be read, so there are no ads: {error}")
-                return _Field()
-        entered = _Field()
+                return Bidders()
         by_name = {account.campaign.campaign: account for account in accounts}
-        wanted: dict[str, tuple[Int, Int | None]]
-        if candidates is None:
-            wanted = {name: (self._rows_of(live, account.campaign), None) for name, account in by_name.items()}
-        else:
-            wanted = _brought(live, candidates, by_name)
-        known = [by_name[name] for name in wanted if name in by_name]
-        factor_of = dict(zip((a.campaign.campaign for a in known), factors_of(known, now, self.config.pacing).tolist()))
-        rng = np.random.default_rng(int(request_id, 16))
-        parts: list[tuple[Int, Int, Int, Int]] = []
-        for name, (rows, bids) in wanted.items():
-            account, lot = by_name.get(name), rng.random()
-            if name in ended:
-                entered.count("schedule")
-                continue
-            paced = _paced(entered, account, factor_of.get(name, 1.0), lot, now)
-            there = rows > 0
-            entered.ignored["items"] = entered.ignored.get("items", 0) + int((~there).sum())
-            if paced is None or not there.any():
-                continue
-            factor, propensity = paced
-            wished = np.full(len(rows), to_micros(account.campaign.bid)) if bids is None and account else bids
-            assert wished is not None
-            wished, rows = wished[there], rows[there]
-            reserve = to_micros(max(self.config.auction.reserve, account.campaign.reserve if account else 0.0))
-            bid = wished if account is None else np.minimum((wished * factor).astype(np.int64), account.left)
-            fine = (bid > 0) & (bid >= reserve)
-            if not fine.any():
-                is_poor = account is not None and account.left < max(reserve, 1)
-                entered.count("budget" if is_poor else "pacing" if (wished >= max(reserve, 1)).any() else "reserve")
-                continue
-            entered.names.append(name)
-            entered.accounts.append(account)
-            entered.propensity.append(propensity)
-            number = np.full(int(fine.sum()), len(entered.names) - 1)
-            parts.append((number, rows[fine], bid[fine], np.full(len(number), reserve)))
-        if parts:
-            entered.campaign_C, entered.row_C, entered.bid_C, entered.reserve_C = map(np.concatenate, zip(*parts))
-        most = self.config.max_candidates
-        if len(entered.bid_C) > most:
-            mask_C = np.zeros(len(entered.bid_C), dtype=bool)
-            mask_C[np.argsort(-entered.bid_C, kind="stable")[:most]] = True
-            entered.keep(mask_C)
-        entered.ignored = {name: number for name, number in entered.ignored.items() if number}
-        return entered
+        wishes = (
+            wishes_of_all(by_name, partial(self._rows_of, live))
+            if candidates is None
+            else wishes_brought(live, candidates, by_name)
+        )
+        return enter(
+            wishes,
+            by_name,
+            ended,
+            now=now,
+            reserve=self.config.auction.reserve,
+            pacing=self.config.pacing,
+            most=self.config.max_candidates,
+            rng=np.random.default_rng(int(request_id, 16)),
+        )
 
     def _rows_of(self, live: Live, campaign: Campaign) -> Int:
         """Catalogue rows of a campaign's items, 0 where unknown; worked out once for each run."""
@@ -399,7 +329,7 @@ class Ads:
         live: Live,
         calibration: Calibration,
         asked: Asked,
-        entered: _Field,
+        entered: Bidders,
         deadline_ms: float | None,
         problems: list[str],
     ) -> tuple[Int, Float, tuple[StageReport, ...]]:
@@ -448,7 +378,7 @@ class Ads:
         request_id: str,
         user: Id | None,
         slots: int,
-        entered: _Field,
+        entered: Bidders,
         chance_C: Float,
         problems: list[str],
     ) -> tuple[Outcome, Float]:
@@ -466,14 +396,10 @@ class Ads:
                 return outcome, chance_W
             entered.count("budget", len(refused.budget))
             entered.count("frequency", len(refused.cap - refused.budget))
-            gone = refused.budget | refused.cap
-            is_gone = np.array([name in gone for name in entered.names], dtype=bool)
-            mask_C = ~is_gone[entered.campaign_C]
-            entered.keep(mask_C)
-            chance_C = chance_C[mask_C]
+            chance_C = chance_C[entered.drop(refused.budget | refused.cap)]
 
     def _set_aside(
-        self, live: Live, request_id: str, user: Id | None, entered: _Field, outcome: Outcome, chance_W: Float
+        self, live: Live, request_id: str, user: Id | None, entered: Bidders, outcome: Outcome, chance_W: Float
     ) -> Refused | None:
         if self.store is None or not len(outcome.candidate):
             return None
@@ -498,7 +424,7 @@ class Ads:
         viewer = None if user is None else str(user)
         return self.store.reserve(request_id, showings, window_s=self.config.click_window_s, viewer=viewer)
 
-    def _ads(self, live: Live, entered: _Field, outcome: Outcome, chance_W: Float) -> tuple[Ad, ...]:
+    def _ads(self, live: Live, entered: Bidders, outcome: Outcome, chance_W: Float) -> tuple[Ad, ...]:
         ads = []
         for slot, (number, price, chance) in enumerate(zip(outcome.candidate, outcome.price, chance_W.tolist()), 1):
             row, campaign = int(entered.row_C[number]), int(entered.campaign_C[number])
@@ -517,50 +443,3 @@ class Ads:
                 )
             )
         return tuple(ads)
-
-
-def _paced(
-    entered: _Field, account: Account | None, factor: float, lot: float, now: float
-) -> tuple[float, float] | None:
-    """Factor of the bids and chance of taking part; None where the campaign does not, which is counted."""
-    if account is None:
-        return 1.0, 1.0
-    if not is_running(account, now):
-        entered.count("schedule")
-        return None
-    if account.left <= 0:
-        entered.count("budget")
-        return None
-    if account.campaign.pacing != "throttle":
-        return factor, 1.0
-    entered.draw *= factor if lot < factor else 1 - factor
-    if lot >= factor:
-        entered.count("pacing")
-        return None
-    return 1.0, factor
-
-
-def _brought(
-    live: Live, candidates: Sequence[AdCandidate], by_name: Mapping[str, Account]
-) -> dict[str, tuple[Int, Int | None]]:
-    """Rows and bids, in micros, by campaign, in the order of names and items: whoever names them in another order gets the same ads."""
-    bids = []
-    for place, candidate in enumerate(candidates):
-        check_id("campaign", candidate.campaign)
-        bid = candidate.bid
-        if bid is None:
-            if candidate.campaign not in by_name:
-                raise DataError(
-                    f"candidate {place}: no campaign {candidate.campaign!r:.80} is registered, so it needs a bid"
-                )
-            bid = by_name[candidate.campaign].campaign.bid
-        if not 0 <= bid <= MAX_MONEY:
-            raise DataError(f"candidate {place}: bid must be money from 0 to {MAX_MONEY:g}, got {bid}")
-        bids.append(to_micros(bid))
-    rows = live.items([candidate.item for candidate in candidates])
-    order = sorted(range(len(candidates)), key=lambda place: (candidates[place].campaign, str(candidates[place].item)))
-    grouped: dict[str, list[int]] = {}
-    for place in order:
-        grouped.setdefault(candidates[place].campaign, []).append(place)
-    bid_C = np.array(bids, dtype=np.int64)
-    return {name: (rows[places], bid_C[places]) for name, places in grouped.items()}

@@ -292,6 +292,7 @@ def _piece(exposures: Sequence[Exposure]) -> pl.DataFrame:
             "degraded": pl.Series([float(e.degraded) for e in exposures], dtype=pl.Float64),
             "items": pl.Series([e.items for e in exposures], dtype=pl.List(pl.String)),
             "teams": pl.Series([e.teams for e in exposures], dtype=pl.List(pl.Int64)),
+            "chances": pl.Series([e.chances for e in exposures], dtype=pl.List(pl.Float64)),
         }
     )
 
@@ -410,28 +411,37 @@ def _guardrails(experiment: Experiment, differences: Sequence[Difference]) -> li
     ]
 
 
+def taken(pages: pl.DataFrame, events: pl.DataFrame, *, within_ms: int | None = None) -> pl.DataFrame:
+    """Items of pages that were taken: number of the page, unit, item, and team where pages have teams.
+
+    An event belongs to the unit's newest page before it that showed its item, if that is not `within_ms` ago or longer; several of one
+    item on one page count once.
+    """
+    lists = ["teams"] if (pages["teams"].list.len() > 0).all() else []
+    placed = pages.select("number", "unit", "at", pl.col("items").alias("item"), *lists).explode("item", *lists)
+    return (
+        events.with_row_index("event")
+        .join(placed, on=["unit", "item"])
+        .filter(pl.col("time") >= pl.col("at"))
+        .filter(True if within_ms is None else pl.col("time") < pl.col("at") + within_ms)
+        .sort("number")
+        .group_by("event", maintain_order=True)
+        .last()
+        .unique(["number", "item"])
+        .select("number", "unit", "item", *lists)
+    )
+
+
 def _preference(experiment: Experiment, units: pl.DataFrame, pages: pl.DataFrame, events: pl.DataFrame) -> Preference:
     """Credit for each item taken goes to the team that brought it to the newest page before that showed it, once per page."""
     first, second = experiment.variants
     actions = experiment.all_metrics[experiment.primary].actions
     if actions:
         events = events.filter(pl.col("action").is_in(list(actions)))
-    placed = (
-        pages.filter(pl.col("teams").list.len() > 0)
-        .select("number", "unit", "at", item="items", team="teams")
-        .explode("item", "team")
-    )
-    credits = (
-        events.with_row_index("event")
-        .join(placed, on=["unit", "item"])
-        .filter(pl.col("time") >= pl.col("at"))
-        .sort("number")
-        .group_by("event", maintain_order=True)
-        .last()
-        .unique(["number", "item"])
-    )
+    credits = taken(pages.filter(pl.col("teams").list.len() > 0), events)  # a page that failed has no teams
     by_unit = credits.group_by("unit").agg(
-        taken_first=(pl.col("team") == 0).sum().cast(pl.Int64), taken_second=(pl.col("team") == 1).sum().cast(pl.Int64)
+        taken_first=(pl.col("teams") == 0).sum().cast(pl.Int64),
+        taken_second=(pl.col("teams") == 1).sum().cast(pl.Int64),
     )
     told = units.join(by_unit, on="unit", maintain_order="left")
     one, two = (told[name].to_numpy().astype(np.float64) for name in ("taken_first", "taken_second"))
