@@ -77,7 +77,7 @@ def test_numbers_find_text_ids_and_text_finds_numbers():
     assert rule(Rules(deny=["20", 30]), numbered.encode, 3).allowed.tolist() == [False, True, False, False]
 
 
-@pytest.mark.parametrize("bad", [{"allow": "i1"}, {"deny": "i1"}, {"seen": "sometimes"}], ids=str)
+@pytest.mark.parametrize("bad", [{"allow": "i1"}, {"deny": "i1"}, {"seen": "sometimes"}])
 def test_bad_rules_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Rules(**bad)
@@ -131,7 +131,6 @@ SHOP = set(range(NUM_ITEMS + NUM_NEW))
         (Filter(field="weight", equals=4.5), lambda n: n == 3),
         (Filter(field="weight", at_least=-1e9, at_most=1e9), lambda n: True),
     ],
-    ids=str,
 )
 def test_a_filter_is_what_it_says(dataset, attributes, wanted, passes):
     through, ruling = let_through(dataset, attributes, wanted)
@@ -171,7 +170,6 @@ def test_a_value_that_nobody_has_matches_nothing_and_is_counted(dataset, attribu
         (Rules(mix=Mix(field="weight")), "no mix"),
         (Rules(diversity=Diversity(fields=("weight",))), "compared"),
     ],
-    ids=str,
 )
 def test_rules_that_items_can_not_follow_are_refused(attributes, rules, sentence):
     with pytest.raises(ConfigError, match=sentence):

@@ -28,7 +28,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shortlist.cascade.attribution import attribute_losses, lost_at
 from shortlist.cascade.cascade import Cascade
 from shortlist.cascade.config import RunConfig, Stage
 from shortlist.cascade.delayed import delayed_source
@@ -47,10 +46,10 @@ from shortlist.cascade.lessons import (
     sample_shown,
     task_score,
 )
-from shortlist.cascade.meter import Meter
 from shortlist.cascade.run import Run, load_run, make_system, most_chosen, save_run
 from shortlist.cascade.sharing import Shared, fingerprint
 from shortlist.cascade.tasks import ActionLabels, ShownLabels, check_tasks, in_words, mean_auc
+from shortlist.cascade.validation import validated
 from shortlist.cascade.warm import FirstWeights
 from shortlist.data.batches import Batch
 from shortlist.data.dataset import Dataset
@@ -59,7 +58,6 @@ from shortlist.data.jagged import Jagged
 from shortlist.data.splits import Window
 from shortlist.embeddings.base import table_sizes
 from shortlist.errors import ConfigError, DataError
-from shortlist.metrics import ranking
 from shortlist.models.base import Phase, Ranker, System, VectorRetriever
 from shortlist.store.snapshot import check_writable
 from shortlist.training.context import chosen_device, deterministic
@@ -261,7 +259,9 @@ class _Builder:
         upstream += [f.name for f in system.space.pair_fields]
         choice = self.config.systems[name]
         settings = {key: value for key, value in trainer.deciding().items() if key not in FREE_SETTINGS}
-        learned: list[Any] = [settings, asdict(self.config.learning), self.config.surface.k] if feeds else [trainer.seed]
+        learned: list[Any] = (
+            [settings, asdict(self.config.learning), self.config.surface.k] if feeds else [trainer.seed]
+        )
         if feeds and self.first is not None:
             learned.append(self.first.give(name, system))
         self.prints[name] = fingerprint(self.data_print, [choice.system, asdict(choice.settings)], learned, upstream)
@@ -449,20 +449,9 @@ class _Builder:
     def validate(self, cascade: Cascade) -> dict[str, Any]:
         """The whole cascade on validation requests: quality at the page, what each stage lost, what each stage cost."""
         k = self.config.surface.k
-        meter, lost, pages = Meter(), [], []
         began = time.perf_counter()
-        for index in chunks(len(self.valid), self.dataset.num_items):
-            asked = self.valid.select(index)
-            page = cascade.run(make_batch(self.dataset, asked, cascade.max_history))
-            for trace in page.traces:
-                for problem in trace.problems:
-                    raise ConfigError(f"the trained cascade does not work: {problem.reason}")
-            meter.add(page.chain, page.reports)
-            lost.append(lost_at(page, asked))
-            pages.append(page.rows.cpu())
-        judged = ranking.judge(torch.cat(pages).numpy(), self.valid.target, self.valid.target_offsets)
-        stages = meter.summary().stages
-        ndcg = float(ranking.ndcg(judged, k).mean())
+        found = validated(cascade, self.dataset, self.valid)
+        ndcg = found[f"ndcg@{k}"]
         self.say(
             f"cascade: validation ndcg@{k} {ndcg:.4f}, {time.perf_counter() - began:.1f} s for {len(self.valid):,} requests"
         )
@@ -474,15 +463,7 @@ class _Builder:
                 "to learn from (data.fit_share, learning.fit_requests, trainer.epochs), or leave them out"
             )
         return {
-            "validation": {
-                "requests": len(self.valid),
-                f"ndcg@{k}": ndcg,
-                "best_alone": {"name": alone.name, f"ndcg@{k}": alone.ndcg},
-                f"recall@{k}": float(ranking.recall(judged, k).mean()),
-                f"hr@{k}": float(ranking.hit_rate(judged, k).mean()),
-                "lost_at": attribute_losses([stage.stage for stage in stages], lost),
-                "cost": {s.stage: {"ms": s.mean_ms, "mflop": s.mean_mflop} for s in stages},
-            },
+            "validation": {**found, "best_alone": {"name": alone.name, f"ndcg@{k}": alone.ndcg}},
             "split": {"protocol": self.dataset.split.protocol, "note": self.dataset.split.note},
             "repeats": self.dataset.repeats,
         }
