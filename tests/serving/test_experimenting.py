@@ -1,5 +1,6 @@
 """Experiments over HTTP: answers name their variants, sessions are told apart, harm ends an experiment, and who may end one."""
 
+import multiprocessing
 import threading
 
 import pytest
@@ -9,11 +10,12 @@ from engine_support import shop_live
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.experiments import read_experiments
 from shortlist.cascade.exposures import Exposure, read_exposures, write_stop
+from shortlist.cascade.questions import Question
 from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.trials import Trials
 from shortlist.errors import DataError
 from shortlist.serving.app import create_app
-from shortlist.serving.experimenting import Referee, harms, judge_beside
+from shortlist.serving.experimenting import Referee, harms, judge_beside, tell_harms
 from shortlist.serving.guard import needed
 
 TEXT = """
@@ -124,6 +126,15 @@ def test_harm_is_found_in_a_process_of_its_own_and_told_once(trials):
     assert harms(path, None) == {}
 
 
+def test_what_keeps_the_judge_from_judging_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.nice", lambda _: None)
+    words, theirs = multiprocessing.Pipe(duplex=False)
+    tell_harms(theirs, tmp_path / "none.db", None)
+    is_well, reason = words.recv()
+    assert not is_well
+    assert "no such file" in reason
+
+
 def test_a_referee_looks_by_itself(trials):
     judged = threading.Event()
 
@@ -160,3 +171,33 @@ def test_without_guardrails_nobody_judges(trials):
     with Trials(trials.engine, calm) as others:
         referee = Referee(others, lambda: pytest.fail("asked"))
         referee.judge_now()
+
+
+def test_a_server_process_opens_experiments_and_their_runs(run, tmp_path, monkeypatch):
+    """Relative folders of runs begin at the file's own; the first process judges, and all is closed at the end."""
+    from shortlist.serving import server
+    from shortlist.serving.settings import ServerConfig
+    from shortlist.serving.workers import Opening, serve
+
+    (tmp_path / "second").symlink_to(run)
+    text = TEXT.replace('rules = {seen = "drop"}', 'run = "second"')
+    (tmp_path / "experiments.toml").write_text(text)
+    seen = {}
+
+    def look(engine, *_, trials, **__):
+        variants = {trials.answer([Question(user=f"u{n}")])[0].variants["seen"] for n in range(20)}
+        seen.update(variants=variants, threads={thread.name for thread in threading.enumerate()})
+
+    monkeypatch.setattr(server, "run", look)
+    opening = Opening(
+        folder=run,
+        events=tmp_path / "events.db",
+        request_log=tmp_path / "requests.db",
+        config=ServerConfig(),
+        experiments=tmp_path / "experiments.toml",
+    )
+    serve(opening, None, None, print)
+    assert seen["variants"] == {"control", "fresh"}
+    assert "referee" in seen["threads"]
+    assert "referee" not in {thread.name for thread in threading.enumerate()}
+    assert len(list(read_exposures(tmp_path / "requests.db"))) == 20

@@ -15,14 +15,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from shortlist.cascade.trials import Trials
-from shortlist.errors import ShortlistError
+from shortlist.errors import DataError, ShortlistError
+from shortlist.store.events import StoreUnavailable
 
 LOG = logging.getLogger("shortlist.serving")
 LOOK_S = 5.0
@@ -41,14 +42,35 @@ def harms(log: Path, events: Path | str | None) -> dict[str, str]:
 
 
 def judge_beside(log: Path, events: Path | str | None) -> Judge:
-    """`harms` in a process of its own, at low priority, which ends after each judgement."""
+    """`harms` in a process of its own, at low priority, which ends after each judgement, and with the server."""
 
     def judge() -> Mapping[str, str]:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context, initializer=os.nice, initargs=(10,)) as pool:
-            return pool.submit(harms, log, events).result()
+        words, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=tell_harms, args=(theirs, log, events), name="judge", daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            is_well, found = words.recv()
+        except EOFError:
+            raise DataError("the judge ended without a word; the log above says why") from None
+        finally:
+            process.join()
+        if not is_well:
+            raise DataError(found)
+        harmful: Mapping[str, str] = found
+        return harmful
 
     return judge
+
+
+def tell_harms(words: Connection, log: Path, events: Path | str | None) -> None:
+    """The judge's process: sends (True, harms) or (False, what is wrong)."""
+    os.nice(10)
+    try:
+        words.send((True, harms(log, events)))
+    except (ShortlistError, StoreUnavailable) as error:
+        words.send((False, str(error)))
 
 
 class Referee:
