@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from shortlist.data.histories import Int
 from shortlist.errors import ConfigError
 from shortlist.simulation.auctions import generalised_second_price
+from shortlist.store.campaigns import MAX_MONEY
 
 Float = NDArray[np.float64]
 
@@ -34,8 +35,8 @@ class AuctionConfig:
     """How much rarer a click is at each place than at the first: (1, 0.6, 0.4). Empty = as likely at all; the last one goes on."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.reserve < np.inf:
-            raise ConfigError(f"reserve is money of 0 or above, got {self.reserve}")
+        if not 0 <= self.reserve <= MAX_MONEY:
+            raise ConfigError(f"reserve is money from 0 to {MAX_MONEY:g}, got {self.reserve}")
         rising = any(later > earlier for earlier, later in zip(self.position_factors, self.position_factors[1:]))
         if rising or not all(0 < factor <= 1 for factor in self.position_factors):
             raise ConfigError(

@@ -6,7 +6,7 @@
     pacing       the campaign is ahead of its plan: its bid falls below the reserve, or the lot went against it
     reserve      it bids below the reserve
 
-C candidates: one item of one campaign each. Money in micros.
+C candidates: one item of one campaign each; G campaigns. Money in micros.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from shortlist.cascade.pacing import PacingConfig, factors_of, is_running
 from shortlist.data.histories import Int
 from shortlist.data.vocabulary import Id
 from shortlist.errors import DataError
-from shortlist.store.campaigns import MAX_MONEY, Account, Campaign, check_id, to_micros
+from shortlist.store.campaigns import MAX_MONEY, MICROS, Account, Campaign, check_id, to_micros
 
 Wishes = Mapping[str, tuple[Int, Int]]
 """Catalogue rows, 0 where unknown, and bids, by campaign."""
@@ -106,42 +106,83 @@ def enter(
         most: candidates that stay, those with the highest bids.
         rng: of the lots.
     """
-    made = Bidders()
-    known = [accounts[name] for name in wishes if name in accounts]
-    factor_of = dict(zip((a.campaign.campaign for a in known), factors_of(known, now, pacing).tolist()))
-    parts: list[tuple[Int, Int, Int, Int]] = []
-    num_unknown = 0
-    for (name, (rows, wished)), lot in zip(wishes.items(), rng.random(len(wishes)).tolist()):
-        account, there = accounts.get(name), rows > 0
-        num_unknown += int((~there).sum())
-        if name in ended:
-            made.count("schedule")
-            continue
-        paced = _paced(made, account, factor_of.get(name, 1.0), lot, now)
-        if paced is None or not there.any():
-            continue
-        least = max(to_micros(reserve), to_micros(account.campaign.reserve) if account else 0)
-        rows, wished = rows[there], wished[there]
-        bid = wished if account is None else np.minimum((wished * paced[0]).astype(np.int64), account.left)
-        fine = bid >= max(least, 1)
-        if not fine.any():
-            is_poor = account is not None and account.left < max(least, 1)
-            made.count("budget" if is_poor else "pacing" if (wished >= max(least, 1)).any() else "reserve")
-            continue
-        number = np.full(int(fine.sum()), len(made.names))
-        made.names.append(name)
-        made.accounts.append(account)
-        made.propensity.append(paced[1])
-        parts.append((number, rows[fine], bid[fine], np.full(len(number), least)))
-    if parts:
-        made.campaign_C, made.row_C, made.bid_C, made.reserve_C = map(np.concatenate, zip(*parts))
-    if len(made.bid_C) > most:
-        mask_C = np.zeros(len(made.bid_C), dtype=bool)
-        mask_C[np.argsort(-made.bid_C, kind="stable")[:most]] = True
-        made.keep(mask_C)
-    if num_unknown:
-        made.ignored["items"] = num_unknown
-    return made
+    names = list(wishes)
+    if not names:
+        return Bidders()
+    accounts_G = [accounts.get(name) for name in names]
+    lengths_G = np.array([len(rows) for rows, _ in wishes.values()])
+    campaign_C = np.repeat(np.arange(len(names)), lengths_G)
+    row_C, wished_C = (np.concatenate(parts) for parts in zip(*wishes.values()))
+    money = _Money.of(accounts_G, now, reserve, pacing)
+    runs_G = np.array([name not in ended and (a is None or is_running(a, now)) for name, a in zip(names, accounts_G)])
+    poor_G = money.left_G < money.needed_G
+    lot_G = rng.random(len(names))
+    drawn_G = ~money.throttled_G | (lot_G < money.factor_G)
+    scale_G = np.where(money.throttled_G, 1.0, money.factor_G)
+    bid_C = np.minimum((wished_C * scale_G[campaign_C]).astype(np.int64), money.left_G[campaign_C])
+    known_C, fine_G = row_C > 0, runs_G & ~poor_G
+    fine_C = known_C & (fine_G & drawn_G)[campaign_C] & (bid_C >= money.needed_G[campaign_C])
+    if fine_C.sum() > most:
+        ranked = np.argsort(np.where(fine_C, -bid_C, 1), kind="stable")[:most]
+        chosen_C = np.zeros(len(fine_C), dtype=bool)
+        chosen_C[ranked] = True
+    else:
+        chosen_C = fine_C
+
+    def have(mask_C: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """[G] which campaigns have a candidate in the mask."""
+        return np.bincount(campaign_C[mask_C], minlength=len(names)) > 0
+
+    able_G, in_G, stay_G = have(known_C & (wished_C >= money.needed_G[campaign_C])), have(fine_C), have(chosen_C)
+    reasons = {
+        "schedule": ~runs_G,
+        "budget": runs_G & poor_G,
+        "pacing": fine_G & able_G & ~in_G,
+        "reserve": fine_G & have(known_C) & ~able_G,
+    }
+    lottery_G = fine_G & money.throttled_G
+    number_G = np.cumsum(stay_G) - 1
+    places = np.flatnonzero(stay_G).tolist()
+    num_unknown = int((~known_C).sum())
+    return Bidders(
+        names=[names[g] for g in places],
+        accounts=[accounts_G[g] for g in places],
+        propensity=np.where(money.throttled_G, money.factor_G, 1.0)[stay_G].tolist(),
+        campaign_C=number_G[campaign_C[chosen_C]],
+        row_C=row_C[chosen_C],
+        bid_C=bid_C[chosen_C],
+        reserve_C=money.least_G[campaign_C[chosen_C]],
+        removed={reason: int(mask_G.sum()) for reason, mask_G in reasons.items() if mask_G.any()},
+        ignored={"items": num_unknown} if num_unknown else {},
+        draw=float(np.where(drawn_G, money.factor_G, 1 - money.factor_G)[lottery_G].prod()),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Money:
+    """By campaign [G]."""
+
+    left_G: Int
+    """What a click may cost now; no limit where the campaign is not registered."""
+    least_G: Int
+    """Reserve."""
+    needed_G: Int
+    """The least bid that counts: the reserve, and at least a micro."""
+    factor_G: NDArray[np.float64]
+    throttled_G: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, accounts_G: Sequence[Account | None], now: float, reserve: float, pacing: PacingConfig) -> _Money:
+        """Of campaigns at a moment."""
+        registered = [account for account in accounts_G if account is not None]
+        is_registered_G = np.array([account is not None for account in accounts_G])
+        factor_G, left_G = np.ones(len(accounts_G)), np.full(len(accounts_G), np.iinfo(np.int64).max)
+        factor_G[is_registered_G] = factors_of(registered, now, pacing)
+        left_G[is_registered_G] = [account.left for account in registered]
+        own_G = np.array([0.0 if account is None else account.campaign.reserve for account in accounts_G])
+        least_G = np.rint(np.maximum(own_G, reserve) * MICROS).astype(np.int64)
+        throttled_G = np.array([a is not None and a.campaign.pacing == "throttle" for a in accounts_G])
+        return cls(left_G, least_G, np.maximum(least_G, 1), factor_G, throttled_G)
 
 
 def wishes_of_all(accounts: Mapping[str, Account], rows_of: Callable[[Campaign], Int]) -> Wishes:
@@ -182,19 +223,3 @@ def names_of(candidates: Sequence[AdCandidate]) -> list[str]:
     for name in names:
         check_id("campaign", name)
     return names
-
-
-def _paced(made: Bidders, account: Account | None, factor: float, lot: float, now: float) -> tuple[float, float] | None:
-    """Factor of the bids and chance of taking part; None where the campaign does not, which is counted."""
-    if account is None:
-        return 1.0, 1.0
-    if not is_running(account, now) or account.left <= 0:
-        made.count("budget" if is_running(account, now) else "schedule")
-        return None
-    if account.campaign.pacing != "throttle":
-        return factor, 1.0
-    made.draw *= factor if lot < factor else 1 - factor
-    if lot >= factor:
-        made.count("pacing")
-        return None
-    return 1.0, factor
