@@ -9,6 +9,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from engine_support import shop_live
+from shortlist.cascade import upkeep
 from shortlist.cascade.engine import Engine, EngineConfig
 from shortlist.cli import main
 from shortlist.serving.app import create_app
@@ -179,6 +180,26 @@ def test_a_deleted_user_is_deleted_from_the_shelf(name, request):
     assert gone.num_events == 1
     assert engine.live.cascade.memories.status().shelf.num_entries == 1
     assert engine.recommend("user-4").degraded is None
+
+
+def test_what_one_process_forgets_the_others_forget(tmp_path, monkeypatch):
+    """Processes that share a file of events, each with what it remembers by itself."""
+    monkeypatch.setattr(upkeep, "LOOK_S", 0.0)
+    engines = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        events, catalogue = EventStore(tmp_path / "e.db"), CatalogueStore(tmp_path / "e.db")
+        engines.append(Engine(shop_live(text=RUN), events=events, catalogue=catalogue))
+        engines[-1].recommend("user-3")
+        engines[-1].recommend("user-4")
+    first, second = engines
+    first.upkeep.forget_user(first.live, "user-3", first.events, None)
+    assert second.live.cascade.memories.status().num_entries == 2
+    second.recommend("user-4")
+    for engine in engines:
+        assert engine.live.cascade.memories.get("hstu-ranker", ["user-3"]) == [None]
+        assert engine.live.cascade.memories.get("hstu-ranker", ["user-4"]) != [None]
+        engine.close()
 
 
 @pytest.mark.parametrize(("name", "kind"), [("single", "file"), ("shared", "redis")])

@@ -191,6 +191,9 @@ class Upkeep:
         if news.gone or (self._gone and not live.users.hides):
             self._gone |= set(news.gone)
             live.users.hide(lambda user: digest(str(user)) in self._gone)
+            if live.cascade.memories is not None:
+                fresh = set(news.gone)
+                live.cascade.memories.forget_where(lambda user: digest(user) in fresh)
         if news.items:
             _show(live, news.items)
         live.told = news.mark

@@ -142,6 +142,12 @@ class Memories:
                 self._drop(entry)
         return self._shelf is None or self._shelf.forget(key)
 
+    def forget_where(self, is_gone: Callable[[str], bool]) -> None:
+        """Drop what this process remembers of users that another one has forgotten; a shelf is told by the one that was asked to."""
+        with self._lock:
+            for entry in [entry for entry in self._kept if is_gone(entry[1])]:
+                self._drop(entry)
+
     def status(self) -> MemoryStatus:
         """Sizes and counts up to now."""
         shelf = None if self._shelf is None else self._shelf.status()
