@@ -1,6 +1,6 @@
 """Who may ask what, and how often: decided from a request's head, before its body is read.
 
-    port      /metrics and /v1/admin answer on the inner port alone, where there is one
+    port      /metrics, /v1/admin and /v1/experiments answer on the inner port alone, where there is one
     key       pages: read; events, items, users, campaigns: write; /v1/admin and changes that no rule names: admin; health, docs: none
     rate      a bucket of tokens per key, per address where no key is asked for
 
@@ -27,7 +27,7 @@ from shortlist.serving.settings import ServerConfig
 
 OPEN = ("/v1/health", "/docs", "/openapi.json", "/static-offline-docs")
 """Paths for which nobody needs a key: a load balancer asks for the first, and the others are the same on every server."""
-INNER = ("/metrics", "/v1/admin")
+INNER = ("/metrics", "/v1/admin", "/v1/experiments")
 """Paths that move to the inner port, where there is one."""
 ASK = ("/v1/recommend", "/v1/search", "/v1/ads", "/v1/similar", "/v1/explain")
 """Paths, and not what lies below them, to which POST is a question."""
