@@ -68,7 +68,8 @@ ROUTES = [
     ("GET", "/v1/health/live", None), ("GET", "/v1/health/ready", None), ("GET", "/docs", None), ("GET", "/openapi.json", None),
     ("POST", "/v1/ads/click", "write"), ("PUT", "/v1/ads/campaigns", "write"), ("GET", "/v1/ads/campaigns/c", "write"),
     ("PUT", "/v1/ads", "admin"), ("DELETE", "/v1/recommend", "admin"), ("POST", "/v1/similar/1", "admin"),
-    ("POST", "/v1/experiments/e/stop", "admin"), ("GET", "/v1/experiments", "read"), ("POST", "/v1/recommendations", "admin"), ("GET", "/documents", "read"), ("GET", "/v1/administrators", "read"),
+    ("POST", "/v1/experiments/e/stop", "admin"), ("GET", "/v1/experiments", "read"),
+    ("POST", "/v1/recommendations", "admin"), ("GET", "/documents", "read"), ("GET", "/v1/administrators", "read"),
 ]  # fmt: skip
 
 

@@ -70,7 +70,8 @@ def command(
         Path | None, typer.Option(help="File of API keys (shortlist keys); needed to listen beyond this machine.")
     ] = None,
     admin_port: Annotated[
-        int | None, typer.Option(help="Port that /metrics and /v1/admin move to; default: none of their own.")
+        int | None,
+        typer.Option(help="Port that /metrics, /v1/admin and /v1/experiments move to; default: none of their own."),
     ] = None,
     admin_host: Annotated[str, typer.Option(help="Address of that port.")] = "127.0.0.1",
     cors: Annotated[

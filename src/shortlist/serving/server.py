@@ -40,7 +40,7 @@ def run(
         listener: from `settings.bind`.
         config: as given to it.
         say: gets one line when requests are taken, with the address.
-        admin: from `settings.bind_admin`; answers /metrics and /v1/admin in place of `listener`.
+        admin: from `settings.bind_admin`; answers /metrics, /v1/admin and /v1/experiments in place of `listener`.
         watcher, shadow, budgets, trials: the caller's to close; see `create_app`.
     """
     # Requests run side by side; a pool of torch threads inside each would only fight over the same cores.

@@ -26,7 +26,7 @@ class ServerConfig:
     keys: Path | None = None
     """File of API keys (`shortlist keys`); None = everybody who reaches the address may ask."""
     admin_port: int | None = None
-    """Port that /metrics and /v1/admin move to; 0 = any free one, None = they stay with the others."""
+    """Port that /metrics, /v1/admin and /v1/experiments move to; 0 = any free one, None = they stay with the others."""
     admin_host: str = "127.0.0.1"
     """Address of that port; beyond this machine only with keys."""
     cors: tuple[str, ...] = ()
