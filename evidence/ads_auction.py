@@ -16,8 +16,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from shortlist.cascade.auction import hold
+from shortlist.cascade.bidders import enter
 from shortlist.cascade.click_chance import Calibration, fit, logistic
-from shortlist.cascade.pacing import PacingConfig, factors_of
+from shortlist.cascade.pacing import PacingConfig
 from shortlist.data.datasets import load
 from shortlist.data.log import read
 from shortlist.evaluation.evidence import Arm, Claim, Judgement, Lab, hold_if
@@ -53,6 +54,7 @@ NUM_ITEMS, BIDDERS, PLACES, RESERVE, KEPT = 300, 30, 3, 0.1, 0.1
 SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 1.5, 2.0)
 """Budgets of the campaigns, in what each would spend without one."""
 ALLOWED = sum(share < 1 for share in SHARES)
+MARKET = "market"
 SLOTS, DAY_S, WINDOW_S, CLICK_S = 2, 86_400.0, 600.0, 120.0
 VALUES = ("bid alone", "uncalibrated x bid", "platt x bid", "isotonic x bid", "truth x bid")
 KINDS: tuple[Pacing, ...] = ("none", "bid", "throttle")
@@ -236,7 +238,7 @@ class Day:
     look_K: Float
     luck_RK: Float
     delay_RK: Float
-    lot_RG: Float
+    seed: int
 
     @classmethod
     def drawn(cls, world: World, ranker: Ranker, seed: int, count: int) -> "Day":
@@ -276,7 +278,7 @@ class Day:
             look_K=look_K,
             luck_RK=rng.random((size, SLOTS)),
             delay_RK=CLICK_S * rng.standard_exponential((size, SLOTS)),
-            lot_RG=rng.random((size, num)),
+            seed=seed,
         )
 
     def served(self, kind: Pacing) -> dict[str, float]:
@@ -335,26 +337,28 @@ class Day:
     def _auction(self, store: CampaignStore, names: list[str], r: int, now: float) -> list[tuple[int, int]]:
         """Slots and campaigns of one request, their prices set aside."""
         store.give_back(now=now)
-        accounts = store.accounts()
-        num = len(names)
-        factor_G = factors_of(accounts, now, PacingConfig())
-        if accounts[0].campaign.pacing == "throttle":
-            factor_G = (self.lot_RG[r] < factor_G).astype(np.float64)
-        left_G = np.array([account.left for account in accounts])
-        bid_G = np.minimum((self.bid_RG[r, :num] * factor_G * MICROS).astype(np.int64), np.maximum(left_G, 0))
-        bids = np.append(bid_G, round(self.bid_RG[r, num] * MICROS))
+        accounts = {account.campaign.campaign: account for account in store.accounts()}
+        bid_G = np.rint(self.bid_RG[r] * MICROS).astype(np.int64)
+        wishes = {name: (np.array([g + 1]), bid_G[g : g + 1]) for g, name in enumerate([*names, MARKET])}
+        told = {"now": now, "reserve": RESERVE, "pacing": PacingConfig(), "most": len(wishes)}
+        bidders = enter(wishes, accounts, set(), rng=np.random.default_rng([self.seed, r]), **told)
+        chance_C = self.chance_RG[r, bidders.row_C - 1]
         while True:
-            made = hold(bids, self.chance_RG[r], np.full(num + 1, round(RESERVE * MICROS)), np.arange(num + 1), SLOTS)
-            won = [(slot, int(g), int(price)) for slot, (g, price) in enumerate(zip(*made), 1) if g < num]
+            made = hold(bidders.bid_C, chance_C, bidders.reserve_C, bidders.campaign_C, SLOTS)
             ads = [
                 Showing(
-                    slot=slot, campaign=names[g], item=names[g], price=price, bid=int(bids[g]), chance=float(self.chance_RG[r, g]),
-                    expected=round(price * float(self.chance_RG[r, g]) * float(self.look_K[slot - 1])),
+                    slot=slot,
+                    campaign=name,
+                    item=name,
+                    price=int(price),
+                    bid=int(bidders.bid_C[c]),
+                    chance=float(chance_C[c]),
+                    expected=round(int(price) * float(chance_C[c]) * float(self.look_K[slot - 1])),
                 )
-                for slot, g, price in won
-            ]  # fmt: skip
+                for slot, (c, price) in enumerate(zip(*made), 1)
+                if (name := bidders.names[bidders.campaign_C[c]]) != MARKET
+            ]
             refused = store.reserve(f"r{r}", ads, window_s=WINDOW_S, now=now) if ads else None
             if refused is None:
-                return [(slot, g) for slot, g, _ in won]
-            for name in refused.budget:
-                bids[names.index(name)] = 0
+                return [(ad.slot, names.index(ad.campaign)) for ad in ads]
+            chance_C = chance_C[bidders.drop(refused.budget)]
