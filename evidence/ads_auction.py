@@ -40,8 +40,8 @@ CLAIM = Claim(
     "by the true chances, and bids stay as they are whatever the rule. The uncalibrated score saturates, as a squashed quality does, which "
     "is known to earn more at given bids (Lahaie and Pennock, EC 2007), so its revenue is shown and no bar. Pacing: eight campaigns and a "
     "market bidder, 10,000 requests of a day that peaks in the evening and has a spike, 2 places, clicks after 2 minutes on average, "
-    "prices set aside for 10 minutes in the product's own store. Budgets are 0.2 to 0.7 of what each campaign would spend without one (demand "
-    "allows), and 1.5 and 2 times that. All settings are defaults; three seeds.",
+    "prices set aside for 10 minutes in the product's own store. Budgets are 0.2 to 0.7 of what each campaign would spend without one "
+    "(demand allows), and 1.5 and 2 times that. All settings are defaults; three seeds.",
     bar="In every seed either calibration beats the uncalibrated score in welfare and the bid alone in welfare and revenue, and promises "
     "within 10 % of what comes, where the uncalibrated score promises at least twice that; no campaign is overspent in any arm; with "
     "either pacing every campaign whose demand allows it delivers at least 95 % of its budget and is shown in at least 85 % of the hours, "
