@@ -352,7 +352,7 @@ def scratched(content: bytes, at: float) -> bytes:
 
 REFUSED = {
     "empty": (".csv", b"", "the file is empty"),
-    "header alone": (".csv", HEADER.encode() + b"\n", "log.csv"),
+    "header alone": (".csv", HEADER.encode() + b"\n", "the log is empty"),
     "noise": (".csv", bytes(range(256)) * 40, "not a text table"),
     "zeros": (".csv", bytes(5_000), "not a text table"),
     "a zero in a row": (".csv", GOOD.replace(b"u3", b"u\0", 1), "not a text table"),
@@ -360,7 +360,7 @@ REFUSED = {
     "archive": (".csv", b"PK\x03\x04" + bytes(500), "not a text table"),
     "database": (".csv", b"SQLite format 3\0" + bytes(4_000), "not a text table"),
     "web page": (".csv", b"<html><body>404 not found</body></html>\n" * 4, "no column looks like the user"),
-    "all rows bad": (".csv", (HEADER + "\n" + ",,,\n" * 30).encode(), "log.csv"),
+    "all rows bad": (".csv", (HEADER + "\n" + ",,,\n" * 30).encode(), "30 of 30 events rows are bad"),
     "no user": (".csv", GOOD.replace(b"user", b"a", 1), "no column looks like the user"),
     "a name twice": (".csv", GOOD.replace(b"item", b"user", 1), "no column looks like the item"),
     "one column": (".csv", b"user\nu1\nu2\n", "no column looks like the item"),

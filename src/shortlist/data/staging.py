@@ -118,7 +118,7 @@ def _staged(path: Path, scratch: Path, separator: str | None, block_bytes: int, 
             raise DataError(f"{path}: one JSON array is read only as a whole; write one object per line.")
         table = _block_table(path, piece, block, stage, is_json)
         files.append(scratch / f"{len(files):06}.parquet")
-        frame = table.frame.select(pl.lit(None).alias(c.name) if c.null_count() == len(c) else c for c in table.frame)
+        frame = table.frame.with_columns(pl.lit(None).alias(c.name) for c in table.frame if c.null_count() == len(c))
         stage.schemas.append(dict(frame.schema))
         frame.with_columns(table.lines.alias(LINE)).write_parquet(files[-1], compression="lz4")
         if len(files) % _BLOCKS_TOLD == 0:
