@@ -24,7 +24,8 @@ from shortlist.data.log import read
 from shortlist.evaluation.evidence import Arm, Claim, Judgement, Lab, hold_if
 from shortlist.simulation import World, WorldConfig, generalised_second_price
 from shortlist.simulation.traffic import Audience, Diurnal, Spikes, Sum, arrive
-from shortlist.store.campaigns import MICROS, Campaign, CampaignStore, Pacing, Showing
+from shortlist.store.ads import MICROS, Campaign, Pacing, Showing
+from shortlist.store.campaigns import CampaignStore
 from shortlist.store.events import EventStore
 
 CLAIM = Claim(

@@ -6,7 +6,7 @@ from engine_support import FIRST_ITEM, shop_live
 from shortlist.cascade.ads import AdsConfig
 from shortlist.cascade.click_chance import Calibration, judged_systems
 from shortlist.cascade.engine import Engine, EngineConfig
-from shortlist.store.campaigns import Campaign
+from shortlist.store.ads import Campaign
 from shortlist.store.events import EventStore
 
 ITEMS = tuple(str(FIRST_ITEM + n) for n in range(4))

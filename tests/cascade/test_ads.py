@@ -15,7 +15,7 @@ from shortlist.cascade.click_chance import judged_systems
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.rules import Rules
 from shortlist.errors import ConfigError, DataError
-from shortlist.store.campaigns import Campaign
+from shortlist.store.ads import Campaign
 from shortlist.store.events import StoreUnavailable
 
 NEW = FIRST_ITEM + NUM_ITEMS

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ads_support import campaign
 from shortlist.cascade.bidders import enter
 from shortlist.cascade.pacing import PacingConfig, factors_of, is_running
-from shortlist.store.campaigns import MICROS, Account
+from shortlist.store.ads import MICROS, Account
 
 NOON = 1_700_000_000.0
 

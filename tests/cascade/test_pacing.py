@@ -6,7 +6,7 @@ import pytest
 from ads_support import campaign
 from shortlist.cascade.pacing import PacingConfig, factors, factors_of, is_running, planned_share
 from shortlist.errors import ConfigError
-from shortlist.store.campaigns import MICROS, Account
+from shortlist.store.ads import MICROS, Account
 
 NOON = 1_700_000_000.0
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from shortlist.errors import ConfigError, DataError
-from shortlist.store.campaigns import CHARGED, KEEP_MS, MICROS, OPEN, SHOWN, Campaign, CampaignStore, Showing
+from shortlist.store.ads import MICROS, Campaign, Showing
+from shortlist.store.campaigns import CHARGED, KEEP_MS, OPEN, SHOWN, CampaignStore
 from shortlist.store.events import EventStore
 
 NOON = 1_700_000_000.0
@@ -313,7 +314,8 @@ def test_any_order_of_what_may_happen_keeps_the_books(tmp_path_factory, data):
 
 CHILD = """
 import sys, threading
-from shortlist.store.campaigns import CampaignStore, Showing
+from shortlist.store.ads import Showing
+from shortlist.store.campaigns import CampaignStore
 from shortlist.store.events import EventStore
 store = CampaignStore(EventStore(sys.argv[1]).database)
 lock = threading.Lock()

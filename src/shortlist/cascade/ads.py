@@ -44,15 +44,8 @@ from shortlist.data.histories import Int
 from shortlist.data.jagged import Jagged
 from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError
-from shortlist.store.campaigns import (
-    MICROS,
-    Account,
-    Campaign,
-    CampaignStore,
-    Charge,
-    Refused,
-    Showing,
-)
+from shortlist.store.ads import MICROS, Account, Campaign, Charge, Refused, Showing
+from shortlist.store.campaigns import CampaignStore
 from shortlist.store.events import StoreUnavailable
 
 if TYPE_CHECKING:

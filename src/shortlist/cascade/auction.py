@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from shortlist.data.histories import Int
 from shortlist.errors import ConfigError
 from shortlist.simulation.auctions import generalised_second_price
-from shortlist.store.campaigns import MAX_MONEY
+from shortlist.store.ads import MAX_MONEY
 
 Float = NDArray[np.float64]
 

@@ -22,7 +22,7 @@ from shortlist.cascade.pacing import PacingConfig, factors_of, is_running
 from shortlist.data.histories import Int
 from shortlist.data.vocabulary import Id
 from shortlist.errors import DataError
-from shortlist.store.campaigns import MAX_MONEY, MICROS, Account, Campaign, check_id, to_micros
+from shortlist.store.ads import MAX_MONEY, MICROS, Account, Campaign, check_id, to_micros
 
 Wishes = Mapping[str, tuple[Int, Int]]
 """Catalogue rows, 0 where unknown, and bids, by campaign."""

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortlist.errors import ConfigError
-from shortlist.store.campaigns import Account, to_micros
+from shortlist.store.ads import Account, to_micros
 
 Float = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -14,7 +14,7 @@ from shortlist.cascade.allocation.base import RESOURCES
 from shortlist.cascade.answers import Answer
 from shortlist.cascade.engine import Engine, Recorded
 from shortlist.serving.batching import Batcher
-from shortlist.store.campaigns import Charge
+from shortlist.store.ads import Charge
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 

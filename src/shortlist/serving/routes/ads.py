@@ -15,7 +15,7 @@ from shortlist.errors import DataError
 from shortlist.serving.problems import problem
 from shortlist.serving.routes.common import REFUSALS, Server, plain_json
 from shortlist.serving.schemas import Finite, Id, PastIn, PastOrId, Problem, Text, Time
-from shortlist.store.campaigns import MAX_ITEMS, MAX_MONEY, Campaign, Charge
+from shortlist.store.ads import MAX_ITEMS, MAX_MONEY, Campaign, Charge
 from shortlist.store.events import MAX_ID_CHARS
 
 Money = Annotated[float, Field(ge=0, le=MAX_MONEY, allow_inf_nan=False, strict=True)]
