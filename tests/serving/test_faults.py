@@ -57,7 +57,10 @@ STAGES = {
     "re-ranking": "mmr",
 }
 LIMIT_MS = 200.0
-SLACK_S = 0.5
+"""Where something hangs, so that the test does not take long."""
+PATIENT_MS = 5_000.0
+"""Where nothing does, so that a busy machine makes nothing late."""
+SLACK_S = 1.0
 """What a busy machine may add to a limit before the test calls it missed."""
 
 
@@ -123,7 +126,7 @@ def served(tmp_path):
         engine.close()
 
 
-def page(client, user="user-3"):
+def page(client, user="user-3", limit_ms=LIMIT_MS):
     """A page that must come, whole, and within the limit."""
     began = time.perf_counter()
     response = client.get(f"/v1/recommend/{user}")
@@ -131,14 +134,24 @@ def page(client, user="user-3"):
     assert response.status_code == 200, response.text
     answer = response.json()
     assert len({item["item_id"] for item in answer["items"]}) == 6
-    assert took_s < LIMIT_MS / 1e3 + SLACK_S
+    assert took_s < limit_ms / 1e3 + SLACK_S
     return answer
+
+
+def well(client):
+    """A page of a server that is, or soon becomes, well again."""
+    for _ in range(20):
+        answer = page(client)
+        if answer["degraded"] is None:
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(answer["degraded"])
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("value", ["exception", torch.nan, torch.inf])
 def test_a_stage_that_fails_or_gives_no_numbers(served, stage, value, live):
-    client, _ = served(live, time_limit_ms=LIMIT_MS)
+    client, _ = served(live, time_limit_ms=PATIENT_MS)
     assert page(client)["degraded"] is None
     if value == "exception":
         break_system(live, STAGES[stage], raising)
@@ -166,18 +179,20 @@ def test_a_stage_that_hangs_and_comes_back(served, stage, live):
     reports = {report["stage"]: report["degraded"] for report in first["stages"]}
     if first["chain"] != LAST_RESORT:
         assert "late" in reports[stage]
-    for _ in range(MOST_LEFT + 2):
+    for _ in range(3 * MOST_LEFT):
         answer = page(client)
         assert answer["degraded"]
-    assert f"{MOST_LEFT} late calls of it still run" in answer["degraded"]
+        if f"{MOST_LEFT} late calls of it still run" in answer["degraded"]:
+            break
+    else:
+        raise AssertionError("it was started again and again")
     assert hang.calls <= MOST_LEFT + 2
     assert threading.active_count() - before <= MOST_LEFT + 8
     hang.let_go.set()
     for method in ("score", "score_all", "retrieve", "rerank"):
         if method in vars(system):
             object.__delattr__(system, method)
-    time.sleep(0.05)
-    assert page(client)["degraded"] is None
+    well(client)
 
 
 def test_pages_asked_at_once_while_a_stage_hangs(served, live):
@@ -202,8 +217,7 @@ def test_what_hangs_outside_the_stages_is_answered_and_its_worker_replaced(serve
     assert f"no answer within {LIMIT_MS:g} ms" in stuck["degraded"]
     monkeypatch.setattr(engine.events, "history", honest)
     time.sleep(LIMIT_MS / 1e3 + 0.05)  # it hangs for twice the limit by now
-    answers = [page(client) for _ in range(3)]
-    assert answers[-1]["degraded"] is None
+    well(client)
     assert "shortlist_workers_replaced_total 1.0" in client.get("/metrics").text
     hang.let_go.set()
 
@@ -234,7 +248,7 @@ def test_workers_that_hang_for_good_are_replaced_up_to_a_bound(monkeypatch):
 @pytest.mark.parametrize("part", ["_known", "_page"])
 def test_a_fault_around_the_cascade(served, part, live):
     """Faults in what reads the past, and in the cascade as a whole."""
-    client, _ = served(live, time_limit_ms=LIMIT_MS)
+    client, _ = served(live, time_limit_ms=PATIENT_MS)
     if part == "_known":
         object.__setattr__(live, "users", raising)
     else:
@@ -245,7 +259,7 @@ def test_a_fault_around_the_cascade(served, part, live):
 
 
 def test_every_stage_at_once(served, live):
-    client, _ = served(live, time_limit_ms=LIMIT_MS)
+    client, _ = served(live, time_limit_ms=PATIENT_MS)
     for name in STAGES.values():
         break_system(live, name, raising)
     answer = page(client)
@@ -258,7 +272,7 @@ def test_every_stage_at_once(served, live):
 
 
 def test_an_event_store_that_goes_and_comes_back(served, live):
-    client, engine = served(live, time_limit_ms=LIMIT_MS)
+    client, engine = served(live, time_limit_ms=PATIENT_MS)
     event = {"user": "user-3", "item": 130}
     assert client.post("/v1/events", json=event).status_code == 200
     known = page(client)["num_history"]
@@ -317,7 +331,10 @@ def indexed(tmp_path_factory):
 
 def test_an_index_that_fails_while_it_is_asked(indexed, monkeypatch):
     monkeypatch.setattr(indexing, "EXACT_SHARE", 2)  # else so small a catalogue is searched exactly
-    with Engine.load(indexed) as engine, TestClient(create_app(engine, ServerConfig(time_limit_ms=LIMIT_MS))) as client:
+    with (
+        Engine.load(indexed) as engine,
+        TestClient(create_app(engine, ServerConfig(time_limit_ms=PATIENT_MS))) as client,
+    ):
         assert page(client)["degraded"] is None
         index = engine.live.cascade.indexes["two-tower"]
         honest = type(index).search
