@@ -9,7 +9,9 @@ of another site can not reach it under a name of its own.
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
@@ -177,18 +179,25 @@ def run(config: ConsoleConfig, say: Callable[[str], None]) -> None:
     if config.curve is not None:
         report = read_report(config.curve.read_bytes())
     with _bind(config.port) as listener:
-        app = create(config, report)
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        def ready() -> None:
+            say(f"the console of {config.target.server} is at {address}")
+            sys.stdout.flush()
+
+        app = create(config, report, ready)
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1)
         )
-        say(f"the console of {config.target.server} is at {address}")
+        # uvicorn passes the signal on when it is done; here that only means that it is.
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
+        signal.signal(signal.SIGTERM, before)
 
 
-def create(config: ConsoleConfig, report: Report | None = None) -> Any:
-    """The application (ASGI). One per process, since NiceGUI keeps its pages in the process."""
+def create(config: ConsoleConfig, report: Report | None = None, ready: Callable[[], None] = lambda: None) -> Any:
+    """The application (ASGI), which calls `ready` when it is. One per process, since NiceGUI keeps its pages in the process."""
     from fastapi import FastAPI
     from nicegui import ui
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -200,6 +209,7 @@ def create(config: ConsoleConfig, report: Report | None = None) -> Any:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         sampling = asyncio.create_task(console.sample())
+        ready()
         yield
         sampling.cancel()
         with suppress(asyncio.CancelledError):

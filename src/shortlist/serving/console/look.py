@@ -57,7 +57,6 @@ figure { margin: .5rem 0; min-width: 0; } figcaption { font-weight: 600; }
 a:focus-visible, summary:focus-visible, button:focus-visible, .q-btn:focus-visible, [tabindex]:focus-visible {
   outline: 3px solid var(--accent); outline-offset: 2px; }
 .q-field--focused { outline: 3px solid var(--accent); outline-offset: 2px; border-radius: .2rem; }
-.q-slider:focus-within { outline: 3px solid var(--accent); outline-offset: 4px; border-radius: .3rem; }
 .nicegui-skip-link { background: var(--paper); color: var(--ink); }
 """
 NOTHING = "–"

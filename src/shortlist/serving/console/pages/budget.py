@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,11 @@ class _Seen:
     curve_of: str = ""
     """Snapshot that the curve belongs to."""
     moved_at: float = 0.0
+    """When somebody moved the slider last."""
+    wanted: float | None = None
+    """Where it was let go, while that is not sent yet."""
+    num_sets: int = 0
+    """Budgets set from this page."""
 
     @property
     def resource(self) -> str:
@@ -40,7 +46,15 @@ class _Seen:
     def limit(self) -> float | None:
         """The budget of that resource now."""
         assert self.state is not None
-        return getattr(self.state.budget, self.resource)
+        found: float | None = getattr(self.state.budget, self.resource)
+        return found
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """What the cheapest chain and the dearest take of that resource."""
+        assert self.state is not None
+        costs = [getattr(chain, self.resource) for chain in self.state.chains]
+        return min(costs), max(costs)
 
 
 def show(console: Console) -> None:
@@ -48,37 +62,50 @@ def show(console: Console) -> None:
     ui, seen = console.ui, _Seen()
 
     async def fetch() -> BudgetState:
+        num_sets = seen.num_sets
         state = await console.api.budget()
         if state.snapshot_version != seen.curve_of:
-            seen.curve, seen.curve_of = await console.api.curve(), state.snapshot_version
-            if seen.curve.report is None and console.report is not None:
-                seen.curve = Curve(calibration=seen.curve.calibration, report=console.report)
-        return state
+            curve = await console.api.curve()
+            if curve.report is None and console.report is not None:
+                curve = Curve(calibration=curve.calibration, report=console.report)
+            seen.curve, seen.curve_of = curve, state.snapshot_version
+        # What was asked before the budget was set and came after that is out of date.
+        return state if seen.state is None or num_sets == seen.num_sets else seen.state
 
     def update(state: BudgetState) -> None:
         seen.state = state
-        lead.set_content(_lead(state, seen.resource))
+        lead.set_content(_lead(state))
         steering.set_visibility(state.is_calibrated and not state.follows_traffic)
-        costs = [getattr(chain, seen.resource) for chain in state.chains]
-        drawn.set_visibility(bool(costs))
+        drawn.set_visibility(bool(state.chains))
         below.set_content(_below(seen))
-        if not costs:
-            return
-        slider.props(f':min="{min(costs)}" :max="{max(costs)}" :step="{max(max(costs) - min(costs), 1e-9) / STEPS}"')
-        if time.monotonic() - seen.moved_at > QUIET_S:
-            slider.value = min(max(costs) if seen.limit is None else max(seen.limit, min(costs)), max(costs))
-        label(slider.value)
-        _draw(chart, seen)
+        if state.chains:
+            low, high = seen.ends
+            slider.props(f':min="{low}" :max="{high}" :step="{max(high - low, 1e-9) / STEPS}"')
+            if time.monotonic() - seen.moved_at > QUIET_S:
+                slider.value = high if seen.limit is None else min(max(seen.limit, low), high)
+                label(seen.limit)
+            _draw(chart, seen)
 
-    def label(value: float) -> None:
-        unit = UNITS[seen.resource] if seen.state else "ms"
-        chosen.set_content(
-            f'<span id="budget-label">A request may cost on average <b>{look.number(value, unit)}</b></span>'
-        )
+    def label(value: float | None) -> None:
+        chosen.set_content(f"A request may cost on average <b>{look.number(value, UNITS[seen.resource])}</b>")
 
     def moved(value: float) -> None:
         seen.moved_at = time.monotonic()
         label(value)
+
+    async def drop(value: float) -> None:
+        seen.wanted = value
+        async with sending:
+            if seen.state is None or seen.wanted is None:  # a later move has taken this one along
+                return
+            kept = {"ms": seen.state.budget.ms, "mflop": seen.state.budget.mflop}
+            kept[seen.resource], seen.wanted = seen.wanted, None
+            await choose(Limits(**kept))
+
+    async def reset() -> None:
+        async with sending:
+            seen.moved_at = 0.0
+            await choose(Limits())
 
     async def choose(limits: Limits) -> None:
         try:
@@ -86,33 +113,27 @@ def show(console: Console) -> None:
         except ShortlistError as error:
             console.refused(error)
             return
-        seen.moved_at = 0.0
+        seen.num_sets += 1
         update(state)
-        given = getattr(state.budget, seen.resource)
-        ui.notify(
-            f"Requests may cost {look.number(given, UNITS[seen.resource])} on average from now on.", position="top"
-        )
 
-    async def drop() -> None:
-        if seen.state is not None:
-            kept = {"ms": seen.state.budget.ms, "mflop": seen.state.budget.mflop}
-            await choose(Limits(**{**kept, seen.resource: float(slider.value)}))
-
+    sending = asyncio.Lock()
     with console.fresh(fetch, update):
-        lead = ui.html(sanitize=False)
+        lead = ui.html(sanitize=False).props('aria-live="polite"')
         with ui.element("div") as steering:
             with ui.element("div").classes("bar"):
                 chosen = ui.html(sanitize=False)
-                console.button("As calibrated", lambda: choose(Limits()), quiet=True)
-            slider = ui.slider(min=0, max=1, step=0.01, value=0, on_change=lambda event: moved(event.value))
-            slider.props('aria-label="Budget per request"').on("change", drop)
+                console.button("As calibrated", reset, quiet=True)
+            slider = ui.slider(min=0, max=1, step=0.01, value=0).props('aria-label="Budget per request"')
+            slider.on("update:model-value", lambda event: moved(event.args)).on(
+                "change", lambda event: drop(event.args)
+            )
         with ui.element("figure") as drawn:
             ui.html("<figcaption>Quality against cost</figcaption>", sanitize=False)
             chart = ui.echart(look.axes("ms per request", "worth of a page"), renderer="svg").classes("chart tall")
         below = ui.html(sanitize=False)
 
 
-def _lead(state: BudgetState, resource: str) -> str:
+def _lead(state: BudgetState) -> str:
     if not state.is_calibrated:
         return look.paragraph(look.sentence(state.why), "lead")
     words = []

@@ -34,15 +34,16 @@ def show(console: Console) -> None:
                     console.button("End it", partial(end, one.name), quiet=True, label=f"End experiment {one.name}")
 
     async def end(name: str) -> None:
-        if not await console.confirm(
-            f"End experiment {name} for good? Everyone is then served as if it did not exist."
-        ):
-            return
-        try:
-            update(await console.api.stop_experiment(name))
-        except ShortlistError as error:
-            console.refused(error)
+        with spoken:  # the button that was pressed may be gone by the time there is an answer
+            question = f"End experiment {name} for good? Everyone is then served as if it did not exist."
+            if not await console.confirm(question):
+                return
+            try:
+                update(await console.api.stop_experiment(name))
+            except ShortlistError as error:
+                console.refused(error)
 
+    spoken = ui.element("div")
     with console.fresh(console.api.experiments, update):
         lead = ui.html(sanitize=False)
         listed = ui.element("div")

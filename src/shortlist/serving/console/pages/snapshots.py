@@ -9,7 +9,7 @@ from functools import partial
 from shortlist.errors import ShortlistError
 from shortlist.serving.console import look
 from shortlist.serving.console.app import Console
-from shortlist.serving.console.client import Snapshots
+from shortlist.serving.console.client import ApiError, Snapshots
 
 
 def show(console: Console) -> None:
@@ -45,16 +45,21 @@ def show(console: Console) -> None:
         await confirm("Go back to the snapshot that was published before the current one?", console.api.rollback)
 
     async def confirm(question: str, act: Callable[[], Awaitable[Snapshots]]) -> None:
-        if not await console.confirm(question):
-            return
-        try:
-            found = await act()
-        except ShortlistError as error:
-            console.refused(error)
-            return
-        update(found)
-        ui.notify(f"Snapshot {found.serving} is served.", position="top")
+        with spoken:  # the button that was pressed may be gone by the time there is an answer
+            if not await console.confirm(question):
+                return
+            try:
+                found = await act()
+            except ShortlistError as error:
+                console.refused(error)
+                return
+            update(found)
+            if found.problem is not None:
+                console.refused(ApiError(f"snapshot {found.serving} goes on answering: {found.problem}"))
+            else:
+                ui.notify(f"Snapshot {found.serving} is served.", position="top")
 
+    spoken = ui.element("div")
     with console.fresh(console.api.snapshots, update):
         lead = ui.html(sanitize=False)
         back = console.button("Roll back", roll_back)
