@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from engine_support import DAY, NUM_ITEMS, START, prepared_cascade, shop_frames
-from shortlist.cascade import engine as engine_module
+from shortlist.cascade import knowing as knowing_module
+from shortlist.cascade import recording as recording_module
 from shortlist.cascade.cascade import PAIR_HISTORY
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.live import Live
@@ -65,7 +66,7 @@ def engine(live, tmp_path):
 @contextmanager
 def watched(*, read_all=False):
     """Note how many events each request reads; `read_all` makes it read the whole past."""
-    sizes, plain = [], engine_module.pasts
+    sizes, plain = [], knowing_module.pasts
 
     def pasts(log, rows, newer, *, has_clock, newest=None):
         past = plain(log, rows, newer, has_clock=has_clock, newest=None if read_all else newest)
@@ -73,7 +74,8 @@ def watched(*, read_all=False):
         return past
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "pasts", pasts)
+        for module in (knowing_module, recording_module):
+            patch.setattr(module, "pasts", pasts)
         yield sizes
 
 

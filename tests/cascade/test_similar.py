@@ -12,7 +12,10 @@ from shortlist.errors import ConfigError
 from shortlist.store.catalogue import CatalogueStore
 
 torch.set_num_threads(1)
-VECTORS = RUN.replace('systems = ["counts", "popularity"]', 'systems = ["als", "counts"]') + "[systems.als]\nnum_factors = 8\n"
+VECTORS = (
+    RUN.replace('systems = ["counts", "popularity"]', 'systems = ["als", "counts"]')
+    + "[systems.als]\nnum_factors = 8\n"
+)
 
 
 @pytest.fixture(scope="module")

@@ -191,7 +191,7 @@ def test_runs_that_are_not_there(command, tmp_path):
         (["recommend", "RUN", "--k", 0], ("k must be from 1",)),
         (["recommend", "RUN", "--events", "TMP/none.db"], ("none.db", "no such file")),
         (["serve", "RUN", "--port", 99999], ("port", "99999")),
-        (["serve", "RUN", "--at-once", 0], ("thread",)),
+        (["serve", "RUN", "--at-once", 0], ("num_workers",)),
         (["systems", "dinn"], ("'dinn'", "din")),
         (["systems", "--stage", "rank"], ("'rank'", "ranking")),
         (["systems", "--evidence", "TMP/none"], ("none",)),

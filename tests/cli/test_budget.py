@@ -1,6 +1,7 @@
 """`shortlist budget` on a run of the planted shop, from its settings to the page beside it."""
 
 import json
+import re
 
 import pytest
 
@@ -53,7 +54,7 @@ def test_a_page_a_table_and_a_sentence(run):
     assert written["frontier"]["num_requests"] <= 30
     html = page.read_text()
     assert "30 test requests" in html
-    assert "mixture 0." in html
+    assert re.search(r"mixture \d", html)
     # Nothing is served by it: the allocation beside a run is made by `calibrate`.
     assert not run.with_name("run.allocation").exists()
 

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from shortlist.cascade.allocation.solver import best_mixture, between, choose, envelope, paid, solve
+from shortlist.cascade.allocation.solver import best_mixture, between, choose, envelope, paid, priced_out, solve
 from shortlist.errors import DataError
 
 optimize = pytest.importorskip("scipy.optimize")
@@ -268,3 +268,13 @@ def test_mixing_keeps_every_limit():
         lower, share = between(values, costs, limits, prices)
         spent = [costs[choose(values, costs, p)].mean(0) for p in (prices, lower)]
         assert ((1 - share) * spent[0] + share * spent[1] <= limits * (1 + 1e-12)).all()
+
+
+def test_where_nothing_fits_everybody_gets_the_cheapest_however_little_it_is_cheaper():
+    rng = np.random.default_rng(4)
+    values = rng.gamma(1.0, size=(50, 4))
+    values[:10, 0] = -np.inf  # these may not have the cheapest: they get the next
+    costs = np.array([[1.0], [1.0001], [2.0], [5.0]])
+    limits = np.array([0.5])
+    prices = priced_out(values, costs, limits)
+    assert choose(values, costs, prices).tolist() == [1] * 10 + [0] * 40

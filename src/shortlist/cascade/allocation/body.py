@@ -155,7 +155,10 @@ class Chooser(Allocator):
     def settle(self, values_RJ: Float, may_KJ: Bools, kind_R: Int, limits_C: Float) -> None:
         """Set what `shares` goes by, so that these requests cost at most `limits_C` on average. By default prices."""
         open_RJ = np.where(may_KJ[kind_R], values_RJ, -np.inf)
-        self.prices_C = solver.solve(open_RJ, self.chains.costs_JC, limits_C).prices_C
+        solution = solver.solve(open_RJ, self.chains.costs_JC, limits_C)
+        self.prices_C = solution.prices_C
+        if not solution.feasible:
+            self.prices_C = solver.priced_out(open_RJ, self.chains.costs_JC, limits_C)
         self.lower_C, self.mix = solver.between(open_RJ, self.chains.costs_JC, limits_C, self.prices_C)
 
     def aim(self, budget: Budget, contexts_RF: NDArray[np.float32]) -> None:

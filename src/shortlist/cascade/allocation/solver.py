@@ -121,6 +121,30 @@ def _prices(table: _Table, limits_L: Float) -> Float:
     return _along(table, start_L, scale_L, limits_L)
 
 
+def priced_out(values_RJ: Float, costs_JC: Float, limits_C: Float) -> Float:
+    """Prices [C] of the limited resources at which every request takes the cheapest chain that it may have, by each of them alone.
+
+    For limits that not even those keep: half the price of a little more worth would do no good.
+
+    Args:
+        values_RJ: what chains are worth, -inf where a request may not have one.
+        costs_JC: of chains.
+        limits_C: infinite where there is none.
+    """
+    prices_C = np.zeros(len(limits_C))
+    open_RJ = np.isfinite(values_RJ)
+    row_R = np.arange(len(values_RJ))
+    for c in np.flatnonzero(np.isfinite(limits_C)):
+        cost_RJ = np.where(open_RJ, costs_JC[:, c], np.inf)
+        least_R = cost_RJ.argmin(1)
+        more_RJ = cost_RJ - cost_RJ[row_R, least_R][:, None]
+        dearer_RJ = open_RJ & (more_RJ > 0)
+        better_RJ = np.where(dearer_RJ, values_RJ - values_RJ[row_R, least_R][:, None], 0.0)
+        price_RJ = np.divide(better_RJ, more_RJ, out=np.zeros_like(better_RJ), where=dearer_RJ)
+        prices_C[c] = max(float(price_RJ.max(initial=0.0)), 1e-12) * (1 + 1e-6)
+    return prices_C
+
+
 def between(values_RJ: Float, costs_JC: Float, limits_C: Float, prices_C: Float) -> tuple[Float, float]:
     """Prices just below `prices_C` at which the limits are passed, and the share of requests that may be chosen at them.
 
