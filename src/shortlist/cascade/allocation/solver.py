@@ -54,6 +54,7 @@ class Solution:
     """Whether the limits are kept; False where the cheapest choice of all requests costs more."""
 
 
+FAR = 1e3
 LOWER = (1e-6, 1e-4, 1e-2, 0.1, 0.5, 1.0)
 """Shares by which prices are lowered until the limits are passed."""
 
@@ -124,7 +125,7 @@ def _prices(table: _Table, limits_L: Float) -> Float:
 def priced_out(values_RJ: Float, costs_JC: Float, limits_C: Float) -> Float:
     """Prices [C] of the limited resources at which every request takes the cheapest chain that it may have, by each of them alone.
 
-    For limits that not even those keep: half the price of a little more worth would do no good.
+    For limits that not even those keep; `FAR` times what these requests need, so that other requests do so too.
 
     Args:
         values_RJ: what chains are worth, -inf where a request may not have one.
@@ -141,7 +142,7 @@ def priced_out(values_RJ: Float, costs_JC: Float, limits_C: Float) -> Float:
         dearer_RJ = open_RJ & (more_RJ > 0)
         better_RJ = np.where(dearer_RJ, values_RJ - values_RJ[row_R, least_R][:, None], 0.0)
         price_RJ = np.divide(better_RJ, more_RJ, out=np.zeros_like(better_RJ), where=dearer_RJ)
-        prices_C[c] = max(float(price_RJ.max(initial=0.0)), 1e-12) * (1 + 1e-6)
+        prices_C[c] = max(float(price_RJ.max(initial=0.0)), 1e-12) * FAR
     return prices_C
 
 
