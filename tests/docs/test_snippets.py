@@ -2,7 +2,7 @@
 
 A page runs in a folder with the files of docs_support.py, block by block, all its python in one namespace. A toml block with a title is
 written to the file of that name. `shortlist` lines run in this process; the same training is done once, for all pages,
-with --quiet and --no-report. `shortlist serve` is
+with --quiet and --no-report. `shortlist serve` and `console` are
 parsed, and what is asked of it by `curl` is asked of the same application without a port.
 """
 
@@ -84,6 +84,9 @@ class Reader:
         return done
 
     def call(self, words: list[str]) -> None:
+        if words[1] == "console":
+            parse(words[1:])
+            return
         if words[1] == "serve":
             parsed = parse(words[1:])
             self.served = str(served_run(Path(str(parsed["run"]))))

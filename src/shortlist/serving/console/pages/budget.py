@@ -174,6 +174,7 @@ def _draw(chart: Any, seen: _Seen) -> None:
     options = look.axes(f"{UNITS[resource]} per request", "worth of a page")
     options["tooltip"] = {"trigger": "item"}
     options["yAxis"]["scale"] = options["xAxis"]["scale"] = True
+    options["grid"]["top"] = 48  # the budget's number stands between the legend and the curve
     chains: Sequence[Cost] = ()
     if curve.report is not None:
         chains = curve.report.frontier.chains

@@ -74,4 +74,4 @@ def _body(one: Experiment) -> str:
         for name in names
     ]
     heads = ["variant", "share set", "pages since the start", "share of them"]
-    return f"<h2>{look.text(one.name)}</h2>" + look.paragraph(" ".join(words)) + look.table(one.name, heads, rows)
+    return f"<h2>{look.text(one.name)}</h2>" + look.paragraph(" ".join(words)) + look.table("Variants", heads, rows)

@@ -67,7 +67,7 @@ def show(console: Console) -> None:
 
 
 def _lead(found: Snapshots) -> str:
-    words = [f"Snapshot {found.serving} answers; {look.count(len(found.versions))} of its place can be served."]
+    words = [f"Snapshot {found.serving} answers; its place holds {look.count(len(found.versions))}."]
     if found.num_swaps:
         words.append(f"{look.count(found.num_swaps)} swaps since the server started.")
     told = look.paragraph(" ".join(words), "lead")
