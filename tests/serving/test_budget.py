@@ -45,13 +45,19 @@ def test_it_tells_budget_prices_and_what_chains_cost(admin, calibrated):
     ]
 
 
-def test_another_budget_changes_the_chains_that_requests_get(admin, priced):
-    cheapest = admin.get(PATH).json()["chains"][0]
-    told = admin.put(
-        PATH, json={"ms": cheapest["ms"] / 2}
-    ).json()  # not even the cheapest fits, which everybody then gets
-    assert told["budget"] == {"mflop": None, "ms": cheapest["ms"] / 2}
-    assert {admin.get(f"/v1/recommend/user-{n}").json()["chain"] for n in range(8)} == {cheapest["name"]}
+def test_another_budget_changes_the_prices_at_which_requests_get_their_chains(admin):
+    """Of a poor budget chains are chosen at a price, of one that binds nowhere at none; so they cost no more."""
+    costs = [chain["ms"] for chain in admin.get(PATH).json()["chains"]]
+    cost = {}
+    for name, ms in (("poor", min(costs) / 2), ("rich", 1e4)):
+        told = admin.put(PATH, json={"ms": ms}).json()
+        assert told["budget"] == {"mflop": None, "ms": ms}
+        assert told["prices"]["mflop"] == 0
+        assert (told["prices"]["ms"] > 0) == (name == "poor")
+        allotted = [admin.get(f"/v1/recommend/user-{n}").json()["allotted"] for n in range(12)]
+        assert {one["price_ms"] for one in allotted} == {told["prices"]["ms"]}
+        cost[name] = sum(one["ms"] for one in allotted)
+    assert cost["poor"] <= cost["rich"] + max(costs)  # one of the rich may explore
     back = admin.put(PATH, json={}).json()
     assert back["budget"] == back["calibrated"]
 
