@@ -7,7 +7,7 @@
 so that positives weigh p (1 + dp) and negatives (1 - p)(1 + dp). Fake and real negatives look alike; z = P(fake | observed negative) splits
 each: up = z f_dp, down = (1 - z)(1 + f_dp). z is 1 - f_rn ("f_rn", the released code's), or f_dp / (f_dp + 1 - f) from the network's own
 chance f ("current"). Reconstructed: the paper itself was not at hand; the weights are the code's, checked for unbiasedness, but by kind
-(the code adds those of immediate and late positives for every positive, which ends at 0.328 where p = 0.2 and h = 0.5), and samples come
+(the code adds those of immediate and late positives for every positive, which ends near .33 where p = .2 and h = .5), and samples come
 when the observation window closes (the code's come at the click, whose label is not known then).
 """
 
