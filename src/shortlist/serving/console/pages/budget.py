@@ -171,10 +171,10 @@ def _below(seen: _Seen) -> str:
 def _draw(chart: Any, seen: _Seen) -> None:
     """Chains as dots, allocators as lines, the budget as an upright line."""
     resource, curve = seen.resource, seen.curve
-    options = look.axes(f"{UNITS[resource]} per request", "worth of a page")
-    options["tooltip"] = {"trigger": "item"}
-    options["yAxis"]["scale"] = options["xAxis"]["scale"] = True
-    options["grid"]["top"] = 48  # the budget's number stands between the legend and the curve
+    drawing = look.axes(f"{UNITS[resource]} per request", "worth of a page")
+    drawing["tooltip"] = {"trigger": "item"}
+    drawing["yAxis"]["scale"] = drawing["xAxis"]["scale"] = True
+    drawing["grid"]["top"] = 48  # the budget's number stands between the legend and the curve
     chains: Sequence[Cost] = ()
     if curve.report is not None:
         chains = curve.report.frontier.chains
@@ -218,10 +218,10 @@ def _draw(chart: Any, seen: _Seen) -> None:
             drawn = look.line(arm, points, shades.get(arm, "var(--other)"), showSymbol=True, symbolSize=5)
             drawn["lineStyle"]["type"] = kinds.get(arm, "solid")
             series.append(drawn)
-    options["series"] = series
-    if options != chart.options:
+    drawing["series"] = series
+    if drawing != chart.options:
         chart.options.clear()
-        chart.options.update(options)
+        chart.options.update(drawing)
         chart.props(f'role="img" aria-label="{look.text(_words(seen, dots))}"')
         chart.update()
 

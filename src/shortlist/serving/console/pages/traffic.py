@@ -99,11 +99,11 @@ def _tables(reading: Reading) -> str:
 def _chart(ui: Any, title: str, unit: str) -> Any:
     with ui.element("figure"):
         ui.html(f"<figcaption>{title}</figcaption>", sanitize=False)
-        options = look.axes("minutes from now", unit)
-        options["xAxis"] |= {"min": -10, "max": 0, "splitNumber": 5}
-        options["yAxis"] |= {"min": 0}
-        options["legend"]["show"] = unit == "ms"
-        return ui.echart(options, renderer="svg").classes("chart")
+        drawing = look.axes("minutes from now", unit)
+        drawing["xAxis"] |= {"min": -10, "max": 0, "splitNumber": 5}
+        drawing["yAxis"] |= {"min": 0}
+        drawing["legend"]["show"] = unit == "ms"
+        return ui.echart(drawing, renderer="svg").classes("chart")
 
 
 def _draw(chart: Any, points: list[Point], names: tuple[str, ...], reading: Reading) -> None:
@@ -114,8 +114,9 @@ def _draw(chart: Any, points: list[Point], names: tuple[str, ...], reading: Read
     }
     now = points[-1].at if points else 0.0
     oldest = (now - points[0].at) / 60 if points else 0.0
-    chart.options["xAxis"]["min"] = -min(max(math.ceil(oldest), 1), 10)
-    chart.options["series"] = [
+    drawing = chart.options
+    drawing["xAxis"]["min"] = -min(max(math.ceil(oldest), 1), 10)
+    drawing["series"] = [
         look.line(
             name, [[round((p.at - now) / 60, 3), _finite(getattr(p, fields[name][0]))] for p in points], fields[name][1]
         )
