@@ -239,7 +239,9 @@ class RequestLog:
         """
         self.flush()
         with available(self.path):
-            return erase(self._engine, self.path, [delete(REQUESTS).where(REQUESTS.c.user_id == user), forgetting(user)])
+            return erase(
+                self._engine, self.path, [delete(REQUESTS).where(REQUESTS.c.user_id == user), forgetting(user)]
+            )
 
     def flush(self) -> None:
         """Wait until everything that was added so far is written."""
@@ -283,7 +285,9 @@ class RequestLog:
                 connection.execute(insert(REQUESTS), rows)
                 newest = select(func.max(REQUESTS.c.id)).scalar_subquery()
                 connection.execute(delete(REQUESTS).where(REQUESTS.c.id <= newest - self.max_rows))
-            write_exposures(connection, [exposure for record in records if isinstance(record, list) for exposure in record])
+            write_exposures(
+                connection, [exposure for record in records if isinstance(record, list) for exposure in record]
+            )
 
     def _drop(self, count: int) -> None:
         with self._counting:

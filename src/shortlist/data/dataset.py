@@ -358,9 +358,7 @@ def build_dataset(log: Log, config: DataConfig | None = None) -> Dataset:
     split = split_requests(
         histories, plan, used, is_target=_targets(events, config), repeats=repeats, context=event_context
     )
-    split = replace(
-        split, note=f"{SIMULATED_NOTE if is_simulated(log) else ''}{_note(split.note, config, used, rule)}"
-    )
+    split = replace(split, note=f"{SIMULATED_NOTE if is_simulated(log) else ''}{_note(split.note, config, used, rule)}")
     space = Space(
         items=field_table(schema.of("item"), item_frame),
         known_items=torch.from_numpy(known_items),

@@ -111,6 +111,19 @@ def create_app(
         shadow=shadow,
         trials=trials,
     )
-    for routes in (recommend, search, ads, similar, explain, events, entities, state, admin, budget, experiments, health):
+    for routes in (
+        recommend,
+        search,
+        ads,
+        similar,
+        explain,
+        events,
+        entities,
+        state,
+        admin,
+        budget,
+        experiments,
+        health,
+    ):
         routes.add(app, server)
     return app
