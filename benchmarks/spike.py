@@ -179,9 +179,7 @@ def main() -> None:
 def measure(run: Path, lengths: tuple[float, float, float], limit_ms: float, *, num_requests: int) -> dict[str, Any]:
     """Capacity, then the three arms on one trace."""
     rng = np.random.default_rng(0)
-    known = (
-        load("builtin").events.select("user_id").unique("user_id", maintain_order=True)["user_id"].to_list()
-    )
+    known = load("builtin").events.select("user_id").unique("user_id", maintain_order=True)["user_id"].to_list()
     users = rng.choice([str(user) for user in known], num_requests).tolist()
     rate, alone_ms = capacity(run, users, num_requests, limit_ms)
     starts = (0.0, lengths[0], lengths[0] + lengths[1])
