@@ -221,7 +221,7 @@ class TestSentence:
     def test_where_the_worth_is_never_reached(self):
         found = by_hand(point("dcaf", 2.0, 0.2), point("dcaf", 3.0, 0.3))
         assert saving_sentence(found, "dcaf").endswith(
-            "dcaf does not reach its worth at any budget here (at best 75.0% of it)."
+            "dcaf does not reach its worth at any budget here, but 75.0% of it for 75% of the cost."
         )
 
     def test_an_arm_that_was_not_judged_leaves_the_word_to_another(self):

@@ -142,7 +142,8 @@ def saving_sentence(found: Frontier, arm: str) -> str:
     if np.isnan(saving):
         best = max(found.of(arm), key=lambda point: point.worth.mean)
         share = best.worth.mean / max(float(found.worth_J[found.default]), 1e-12)
-        return f"{start}; {arm} does not reach its worth at any budget here (at best {share:.1%} of it)."
+        cost = float(best.costs_C[number]) / paid
+        return f"{start}; {arm} does not reach its worth at any budget here, but {share:.1%} of it for {cost:.0%} of the cost."
     rival = ""
     if arm != "mixture" and not np.isnan(drawn):
         rival = f"; mixing chains at random would {f'save {drawn:.0%}' if drawn >= 0 else f'take {-drawn:.0%} more'}"
