@@ -6,6 +6,7 @@ import pytest
 from engine_support import shop_live
 from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.engine import Engine
+from shortlist.cascade.governor import Allotted, Decision
 from shortlist.cascade.questions import Question, check, together
 from shortlist.cascade.rules import Rules
 from shortlist.errors import ConfigError
@@ -73,3 +74,33 @@ def test_the_last_resort_obeys_the_question_s_rules(engine):
     other = engine.last_resort(Question(user="user-1", k=4, rules=Rules(deny=(first,))), "late")
     assert first not in [item.item_id for item in other.items]
     assert len(other.items) == 4
+
+
+def test_what_goes_wrong_with_one_chain_is_not_told_to_the_requests_of_another(engine, monkeypatch):
+    cascade = engine.live.cascade
+    name = cascade.config.default_chain.name
+    monkeypatch.setattr(engine.live, "governor", TwoChains(name))
+    run = type(cascade).run
+
+    def broken(self, batch, *, chain=None, **rest):
+        if chain is not None:
+            raise RuntimeError("out of order")
+        return run(self, batch, chain=chain, **rest)
+
+    monkeypatch.setattr(type(cascade), "run", broken)
+    answers = engine.answer([Question(user=f"user-{n}", k=3) for n in range(4)])
+    assert [answer.degraded is None for answer in answers] == [False, True, False, True]
+
+
+class TwoChains:
+    """Gives every other request the chain of that name, the others none in particular."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def choose(self, batch, most_BC=None):
+        chains = [self.name if place % 2 == 0 else None for place in range(batch.size)]
+        return Decision(chains, [Allotted(reason="price")] * batch.size)
+
+    def note(self, decision, reports):
+        assert len(reports) == len(decision.chains)

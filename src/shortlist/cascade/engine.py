@@ -39,6 +39,7 @@ from shortlist.cascade.recording import Seen as Seen
 from shortlist.cascade.recording import recorded, seen
 from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.rules import NO_RULES, Rules
+from shortlist.cascade.ruling import Ruling
 from shortlist.cascade.search import SearchConfig, find
 from shortlist.cascade.similar import Similar, similar
 from shortlist.cascade.summaries import open_summaries
@@ -305,20 +306,7 @@ class Engine:
         known = Known(batch=None, num_history=[0], moments=[int(time.time())])
         rulings = rulings_of(live, asked, known)
         page = popular_page(live, longer(asked), known, rulings[0].allowed)
-        problems = [reason]
-        page, arranged = laid_out(live, asked, known, rulings[0], page, problems)
-        told = Circumstances(
-            users=asked.users,
-            num_history=known.num_history,
-            moments=known.moments,
-            rulings=rulings,
-            arranged=arranged,
-            problems=problems,
-            num_unknown_candidates=asked.num_unknown_candidates,
-            spent_ms=(time.perf_counter() - began) * 1e3,
-            allotted=[Allotted(reason="fallback")],
-        )
-        return make_answers(live, page, told)[0]
+        return _told(live, asked, known, rulings, [Allotted(reason="fallback")], page, [reason], began)[1][0]
 
     def answered(self, latency_ms: float, *, failed: bool = False) -> None:
         """Tell how long a caller waited and whether for nothing; what chains the server can afford follows it."""
@@ -443,22 +431,11 @@ class Engine:
             if len(places) < len(asked.users):
                 part = replace(asked, users=[asked.users[place] for place in places])
                 of_part = known.select(places)
-            page = self._page(live, longer(part), of_part, rulings[0].allowed, name, limit, problems)
-            page, arranged = laid_out(live, part, of_part, rulings[0], page, problems)
+            own = list(problems)  # what goes wrong with one chain is no matter of the others' requests
+            page = self._page(live, longer(part), of_part, rulings[0].allowed, name, limit, own)
+            ruled, allotted = [rulings[place] for place in places], [decision.told[place] for place in places]
+            page, made = _told(live, part, of_part, ruled, allotted, page, own, began, of=len(asked.users))
             self.meter.add(page.chain, page.reports)
-            told = Circumstances(
-                users=part.users,
-                num_history=of_part.num_history,
-                moments=of_part.moments,
-                rulings=[rulings[place] for place in places],
-                arranged=arranged,
-                problems=problems,
-                num_unknown_candidates=asked.num_unknown_candidates,
-                spent_ms=(time.perf_counter() - began) * 1e3 / len(asked.users),
-                allotted=[decision.told[place] for place in places],
-                note=asked.note,
-            )
-            made = make_answers(live, page, told)
             for number, (place, answer) in enumerate(zip(places, made)):
                 answers[place] = answer
                 if log and self.request_log is not None:
@@ -502,6 +479,35 @@ class Engine:
         if found is not None:
             return found.page(None, asked.k, None if known.batch is None else known.batch.excluded)
         return popular_page(live, asked, known, allowed)
+
+
+def _told(
+    live: Live,
+    asked: Asked,
+    known: Known,
+    rulings: Sequence[Ruling],
+    allotted: Sequence[Allotted],
+    page: Page,
+    problems: list[str],
+    began: float,
+    *,
+    of: int = 1,
+) -> tuple[Page, list[Answer]]:
+    """Pages laid out by rules, and the answers [B] that tell of them; the time since `began` is that of `of` requests."""
+    page, arranged = laid_out(live, asked, known, rulings[0], page, problems)
+    told = Circumstances(
+        users=asked.users,
+        num_history=known.num_history,
+        moments=known.moments,
+        rulings=rulings,
+        arranged=arranged,
+        problems=problems,
+        num_unknown_candidates=asked.num_unknown_candidates,
+        spent_ms=(time.perf_counter() - began) * 1e3 / of,
+        allotted=allotted,
+        note=asked.note,
+    )
+    return page, make_answers(live, page, told)
 
 
 def _decide(live: Live, asked: Asked, known: Known, problems: list[str]) -> Decision:
