@@ -21,10 +21,11 @@ from shortlist.cascade.run import Run, as_of
 from shortlist.errors import ConfigError
 from shortlist.evaluation.chains import UNITS, WORTHS, chain_table
 from shortlist.evaluation.evidence import write_json
-from shortlist.evaluation.figures import ACCENT, INK, LINE, OTHER, WIDTH, empty_figure, inline
-from shortlist.evaluation.frontier import ARMS, Frontier, Point, check_wishes, frontier
+from shortlist.evaluation.figures import ACCENT, INK, LINE, OTHER, empty_figure, inline
+from shortlist.evaluation.frontier import ARMS, Frontier, check_wishes, frontier
 from shortlist.evaluation.page import document, element, figures, prose, section, table
 from shortlist.evaluation.report import report_folder
+from shortlist.training.checkpoint import write_atomically
 
 PAGE, NUMBERS = "budget.html", "budget.json"
 MARKS = {
@@ -125,9 +126,7 @@ def write_budget(run: Run, report: BudgetReport) -> Path:
     folder = report_folder(run.folder)
     write_json(folder / NUMBERS, report.as_dict())
     page = folder / PAGE
-    beside = page.with_suffix(".tmp")
-    beside.write_text(render(run, report), encoding="utf-8")
-    beside.replace(page)
+    write_atomically(page, render(run, report))
     return page
 
 
@@ -243,15 +242,3 @@ def render(run: Run, report: BudgetReport) -> str:
             ),
         ],
     )
-
-
-__all__ = [
-    "WIDTH",
-    "BudgetReport",
-    "Point",
-    "frontier_figure",
-    "judge_budgets",
-    "render",
-    "saving_sentence",
-    "write_budget",
-]

@@ -9,6 +9,7 @@ from shortlist.evaluation.evidence import write_json
 from shortlist.evaluation.experiments import Difference, Findings
 from shortlist.evaluation.page import document, element, prose, section, table
 from shortlist.evaluation.tables import aligned
+from shortlist.training.checkpoint import write_atomically
 
 HOW_SURE = "Brackets are confidence sequences: they hold at all times at once, so one may look, and stop, at any time."
 
@@ -32,7 +33,7 @@ def write_findings(folder: Path, found: Sequence[Findings]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "experiments.json", {"experiments": [one.as_dict() for one in found]})
     page = folder / "experiments.html"
-    page.write_text(render(found))
+    write_atomically(page, render(found))
     return page
 
 

@@ -11,6 +11,7 @@ from shortlist.evaluation.figures import ACCENT, INK, LINE, empty_figure, inline
 from shortlist.evaluation.page import document, element, figures, prose, section, table
 from shortlist.evaluation.replayed import WHY, Difference, Replay, when
 from shortlist.evaluation.report import report_folder
+from shortlist.training.checkpoint import write_atomically
 
 PAGE, NUMBERS = "replay.html", "replay.json"
 NUM_SHOWN = 50
@@ -25,9 +26,7 @@ def write_replay(run: Path, found: Replay) -> Path:
     folder = report_folder(run)
     write_json(folder / NUMBERS, found.as_dict())
     page = folder / PAGE
-    beside = page.with_suffix(".tmp")
-    beside.write_text(render(found), encoding="utf-8")
-    beside.replace(page)
+    write_atomically(page, render(found))
     return page
 
 

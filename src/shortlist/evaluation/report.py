@@ -28,6 +28,7 @@ from shortlist.evaluation.evaluate import Comparison, Report, Window, held_out
 from shortlist.evaluation.evidence import surroundings, write_json
 from shortlist.evaluation.runs import BASELINES, RunReport, baselines, beside_baselines, evaluate_run, verdict
 from shortlist.models.base import System
+from shortlist.training.checkpoint import write_atomically
 
 PAGE, NUMBERS = "report.html", "report.json"
 NUM_EXAMPLES, NUM_RECENT, NUM_CHOSEN = 3, 6, 12
@@ -272,9 +273,7 @@ def write_report(
     )
     write_json(folder / NUMBERS, summary.as_dict())
     page = folder / PAGE
-    beside = page.with_suffix(".tmp")
-    beside.write_text(render(summary), encoding="utf-8")
-    beside.replace(page)
+    write_atomically(page, render(summary))
     return page
 
 
