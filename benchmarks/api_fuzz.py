@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
@@ -33,6 +33,9 @@ from schemathesis import GenerationMode
 
 from shortlist.evaluation.benchmarks import record
 from shortlist.serving.keys import add_key
+
+if TYPE_CHECKING:
+    from _server import Served
 
 RESULT = Path(__file__).parent / "results" / "api_fuzz.json"
 SENDS = ("method", "url", "params", "headers", "json", "data")
@@ -159,23 +162,17 @@ def _again(case: schemathesis.Case) -> str:
     return re.sub(r"(?i)(bearer |x-api-key: )\S+?(?=')", r"\1KEY", case.as_curl_command())[:500]
 
 
-def start_server(folder: Path) -> tuple[subprocess.Popen[str], str, str]:
-    """A server process over the built-in log, its address, and an admin's key."""
+@contextmanager
+def server_of_the_shop(folder: Path) -> Iterator[tuple[Served, str]]:
+    """A server process over the built-in log, and an admin's key."""
     sys.path.insert(0, str(Path(__file__).parent))
+    from _server import served
     from serving_latency import make_run
 
     run, keys = make_run(folder / "run"), folder / "keys.json"
     _, key = add_key(keys, "fuzz", "admin")
-    words = ["serve", run, "--port", 0, "--keys", keys, "--time-limit-ms", 2000, "--admin"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "shortlist.cli", *map(str, words)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout is not None
-    found = re.search(r"(http://\S+) \(docs", server.stdout.readline())
-    assert found is not None
-    return server, found[1], key
+    with served(run, "--keys", keys, "--time-limit-ms", 2000, "--admin") as made:
+        yield made, key
 
 
 def main() -> None:
@@ -187,18 +184,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     num_cases = 200 if given.quick else given.cases
-    with tempfile.TemporaryDirectory() as temporary:
-        server, address, key = start_server(Path(temporary))
-        try:
-            with httpx.Client(base_url=address, headers={"x-api-key": key}, timeout=10.0) as client:
-                description = client.get("/openapi.json").json()
-                began = time.perf_counter()
-                found = fuzz(client, description, num_cases, seed=given.seed)
-                seconds = time.perf_counter() - began
-                live = client.get("/v1/health/live").status_code
-        finally:
-            server.terminate()
-            server.wait()
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        server_of_the_shop(Path(temporary)) as (made, key),
+        httpx.Client(base_url=made.address, headers={"x-api-key": key}, timeout=10.0) as client,
+    ):
+        description = client.get("/openapi.json").json()
+        began = time.perf_counter()
+        found = fuzz(client, description, num_cases, seed=given.seed)
+        seconds = time.perf_counter() - began
+        live = client.get("/v1/health/live").status_code
     routes = sorted({route for route, _ in found.counts})
     figures = {
         "settings": {"cases": num_cases, "seed": given.seed, "limit_s": found.limit_s, "schemathesis": schemathesis.SCHEMATHESIS_VERSION},
@@ -211,7 +206,7 @@ def main() -> None:
         "p50_ms": round(float(np.percentile(found.times_ms, 50)), 2),
         "max_ms": round(max(found.times_ms), 1),
         "seconds": round(seconds, 1),
-        "alive_after": live == 200 and server.returncode == 0,
+        "alive_after": live == 200 and made.process.returncode == 0,
     }  # fmt: skip
     print(json.dumps(figures, indent=1))
     record(RESULT, figures, quick=given.quick, out=given.out)

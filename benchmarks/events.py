@@ -14,8 +14,6 @@ import argparse
 import http.client
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 import threading
@@ -30,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from _server import served
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.data.dataset import build_dataset
@@ -79,26 +78,6 @@ def post(connection: http.client.HTTPConnection, content: bytes) -> None:
     response = connection.getresponse()
     answer = json.loads(response.read())
     assert answer.get("num_new") == SIZE, answer
-
-
-@contextmanager
-def server(run: Path, files: Path, events: str) -> Iterator[int]:
-    """The port of a server process."""
-    arguments = ["serve", run, "--port", 0, "--events", events, "--request-log", files / "requests.db"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "shortlist.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        assert process.stdout is not None
-        port = re.search(r":(\d+) ", process.stdout.readline())
-        assert port is not None
-        yield int(port[1])
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @contextmanager
@@ -180,7 +159,8 @@ def measure(folder: Path, given: str | None, num_batches: int) -> list[dict[str,
         ports = {}
         for name, place in places.items():
             (folder / name).mkdir()
-            ports[name] = stack.enter_context(server(run, folder / name, place))
+            files = ("--events", place, "--request-log", folder / name / "requests.db")
+            ports[name] = stack.enter_context(served(run, *files, env={"OMP_NUM_THREADS": "1"})).port
 
         def append(name: str) -> None:
             stores[name].append(next(sources[name]))

@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -25,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from _server import served
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.data.dataset import build_dataset
@@ -60,21 +58,6 @@ def make_place(folder: Path) -> tuple[Place, list[str], list[Any]]:
         train_cascade(dataset, config.override(f"ranking.keep={keep}"), run, progress=False)
         versions.append(place.publish(run).version)
     return place, versions, dataset.user_ids.ids.to_list()
-
-
-def start_server(place: Place, workers: int) -> tuple[subprocess.Popen[str], int]:
-    """A server of the place, and its port."""
-    arguments = ["serve", place.folder, "--port", 0, "--workers", workers]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "shortlist.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-    assert server.stdout is not None
-    port = re.search(r"127\.0\.0\.1:(\d+) ", server.stdout.readline())
-    assert port is not None
-    return server, int(port[1])
 
 
 class Swaps:
@@ -162,8 +145,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary, machine_lock():
         place, versions, users = make_place(Path(temporary))
-        server, port = start_server(place, arguments.workers)
-        try:
+        with served(place.folder, "--workers", arguments.workers) as server:
+            port = server.port
             open_loop(
                 port, np.linspace(0, 1, 20), [f"/v1/recommend/{user}" for user in users[:20]]
             )  # wakes everything up
@@ -172,9 +155,6 @@ def main() -> None:
                 arm("still", port, users, seconds, rate, None),
                 arm("swaps", port, users, seconds, rate, Swaps(place, versions, every)),
             ]
-        finally:
-            server.terminate()
-            server.wait()
     for one in arms:
         print("  ".join(f"{name} {value}" for name, value in one.items()))
     figures = {

@@ -13,15 +13,13 @@ The server is a process of its own on loopback; the load generator keeps its con
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from _server import Served, served
 from shortlist.cascade.cascade import Cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.engine import Engine
@@ -109,23 +108,9 @@ EMPTY_TABLE = {
 }
 
 
-@contextlib.contextmanager
-def server(run: Path, *flags: str) -> Iterator[tuple[int, int]]:
-    """Port and process number of a server of the run."""
-    with tempfile.TemporaryDirectory() as files:
-        command = [sys.executable, "-m", "shortlist.cli", "serve", str(run), "--port", "0", "--threads", "1"]
-        command += ["--events", f"{files}/events.db", "--request-log", f"{files}/requests.db", *flags]
-        paths = os.pathsep.join(filter(None, sys.path))
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths})
-        try:
-            assert process.stdout is not None
-            port = re.search(r":(\d+) ", process.stdout.readline())
-            if port is None:
-                raise SystemExit("the server did not start; its message is above")
-            yield int(port[1]), process.pid
-        finally:
-            process.terminate()
-            process.wait()
+def server(run: Path, files: Path, *flags: str) -> AbstractContextManager[Served]:
+    """A server of the run, with its files in a folder."""
+    return served(run, "--threads", 1, "--events", files / "events.db", "--request-log", files / "requests.db", *flags)
 
 
 def memory_mib(pid: int) -> float:
@@ -141,13 +126,14 @@ def percentiles(times: np.ndarray) -> dict[str, float]:
 
 def measure_large(run: Path, paths: list[str]) -> dict[str, Any]:
     """HTTP at concurrency 1, and memory."""
-    with server(run) as (port, pid):
+    with tempfile.TemporaryDirectory() as files, server(run, Path(files)) as made:
+        port = made.port
         closed_loop(port, paths[: len(paths) // 5], concurrency=1)
         replies = closed_loop(port, paths, concurrency=1)
         return {
             **percentiles(replies.latency_ms),
             "failed": int((replies.status != 200).sum()),
-            "memory_mib": round(memory_mib(pid)),
+            "memory_mib": round(memory_mib(made.process.pid)),
         }
 
 
@@ -163,7 +149,8 @@ def measure_overhead(run: Path, paths: list[str]) -> dict[str, Any]:
             whole.append(ms)
             own.append(ms - sum(stage.spent_ms for stage in answer.stages))
     start = len(users) // 5  # the first fifth warms up
-    with server(run) as (port, _):
+    with tempfile.TemporaryDirectory() as files, server(run, Path(files)) as made:
+        port = made.port
         closed_loop(port, paths[:start], concurrency=1)
         replies = closed_loop(port, paths, concurrency=1)
     http = percentiles(replies.latency_ms)
@@ -180,7 +167,8 @@ def measure_together(run: Path, paths: list[str]) -> dict[str, Any]:
     """Requests per second at concurrency 16, alone and together."""
     found: dict[str, Any] = {}
     for name, flags in (("one at a time", ("--max-batch", "1")), ("together", ("--max-batch", "16"))):
-        with server(run, "--at-once", "1", *flags) as (port, _):
+        with tempfile.TemporaryDirectory() as files, server(run, Path(files), "--at-once", "1", *flags) as made:
+            port = made.port
             closed_loop(port, paths[: len(paths) // 5], concurrency=16)
             began = time.perf_counter()
             replies = closed_loop(port, paths, concurrency=16)

@@ -13,9 +13,6 @@ import argparse
 import http.client
 import json
 import os
-import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from _server import served
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.engine import Engine
@@ -59,21 +57,6 @@ def make_run(folder: Path) -> Path:
     config = RunConfig.from_toml(RUN)
     train_cascade(build_dataset(load("builtin"), config.data_settings), config, folder, progress=False)
     return folder
-
-
-def start_server(run: Path, files: Path) -> tuple[subprocess.Popen[str], http.client.HTTPConnection]:
-    """A server process and a connection to it."""
-    arguments = ["serve", run, "--port", 0, "--events", files / "events.db", "--request-log", files / "requests.db"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "shortlist.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-    assert server.stdout is not None
-    port = re.search(r":(\d+) ", server.stdout.readline())
-    assert port is not None
-    return server, http.client.HTTPConnection("127.0.0.1", int(port[1]))
 
 
 def ask_http(connection: http.client.HTTPConnection, method: str, path: str, body: object = None) -> dict:
@@ -153,18 +136,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, machine_lock():
         folder = Path(temporary)
         run = make_run(folder / "run")
-        server, connection = start_server(run, folder)
-        try:
-            with (
-                Engine.load(run) as plain,
-                Engine.load(run, events=folder / "own.db", request_log=folder / "own-requests.db") as engine,
-            ):
-                load_before = os.getloadavg()[0]
-                pages = measure_pages(engine, plain, connection, num_requests)
-                events = measure_events(folder, connection, max(num_requests // 20, 10))
-        finally:
-            server.terminate()
-            server.wait()
+        files = ("--events", folder / "events.db", "--request-log", folder / "requests.db")
+        with (
+            served(run, *files) as server,
+            Engine.load(run) as plain,
+            Engine.load(run, events=folder / "own.db", request_log=folder / "own-requests.db") as engine,
+        ):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port)
+            load_before = os.getloadavg()[0]
+            pages = measure_pages(engine, plain, connection, num_requests)
+            events = measure_events(folder, connection, max(num_requests // 20, 10))
     for arm in [*pages, *events]:
         print("  ".join(f"{value:<22}" if name == "arm" else f"{name} {value:,}" for name, value in arm.items()))
     figures = {

@@ -17,21 +17,21 @@ cost of the chains that answered in a second, against the mean of the calm befor
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from _server import served
 from shortlist.cascade.engine import LAST_RESORT
 from shortlist.data.datasets import load
 from shortlist.evaluation.benchmarks import record
@@ -66,38 +66,14 @@ def on_core(core: int) -> None:
     os.sched_setaffinity(0, {cores[core % len(cores)]})
 
 
-@contextlib.contextmanager
+@contextmanager
 def server(run: Path, flags: list[str], limit_ms: float) -> Iterator[int]:
     """A server of the run on a core of its own; gives its port."""
-    with tempfile.TemporaryDirectory() as files:
-        command = [
-            sys.executable,
-            "-m",
-            "shortlist.cli",
-            "serve",
-            str(run),
-            "--port",
-            "0",
-            "--time-limit-ms",
-            f"{limit_ms:g}",
-        ]
-        command += ["--events", f"{files}/events.db", "--request-log", f"{files}/requests.db", *flags]
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: on_core(1),
-        )
-        try:
-            assert process.stdout is not None
-            port = re.search(r":(\d+) ", process.stdout.readline())
-            if port is None:
-                raise SystemExit("the server did not start; its message is above")
-            yield int(port[1])
-        finally:
-            process.terminate()
-            process.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        files = ("--events", f"{folder}/events.db", "--request-log", f"{folder}/requests.db")
+        limit = ("--time-limit-ms", f"{limit_ms:g}")
+        with served(run, *limit, *files, *flags, env={"OMP_NUM_THREADS": "1"}, first=lambda: on_core(1)) as made:
+            yield made.port
 
 
 def capacity(run: Path, users: list[str], num_requests: int, limit_ms: float) -> tuple[float, float]:
