@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from allocation_support import OFFERING, offering_run
+from allocation_support import OFFERING, offering_run, told_costs
 from shortlist.cascade.allocation import calibration as module
 from shortlist.cascade.allocation.base import Budget, ChainSet
-from shortlist.cascade.allocation.costs import ChainCosts
 from shortlist.cascade.config import RunConfig
 from shortlist.errors import ConfigError, DataError, UnknownSystem
 from shortlist.evaluation.budget import (
@@ -30,23 +29,9 @@ ARMS = ("fixed", "mixture", "dcaf", "oracle")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def told_costs():
-    def measure(cascade, dataset, requests, chains, *, seed, tell):
-        ms_J = np.array([COSTS[chain.name] for chain in chains])
-        return ChainCosts(
-            names=tuple(chain.name for chain in chains),
-            mflop_J=10 * ms_J,
-            alone_J=ms_J,
-            batched_J=ms_J / 2,
-            measured_alone_J=ms_J,
-            measured_batched_J=ms_J / 2,
-            agreement={"mflop_alone": 1.0, "again_alone": float("nan")},
-            num_requests=1,
-            machine={},
-        )
-
+def costs_are_told():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "measure_costs", measure)
+        patch.setattr(module, "measure_costs", told_costs(COSTS))
         yield
 
 

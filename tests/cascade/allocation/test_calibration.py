@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from allocation_support import OFFERING, offering_run
+from allocation_support import OFFERING, offering_run, told_costs
 from shortlist.cascade.allocation import calibration as module
 from shortlist.cascade.allocation.base import Allocator, Budget, Choice, Outcomes
 from shortlist.cascade.allocation.calibration import (
@@ -19,7 +19,6 @@ from shortlist.cascade.allocation.calibration import (
     save_allocation,
 )
 from shortlist.cascade.allocation.contexts import CONTEXT_NAMES
-from shortlist.cascade.allocation.costs import ChainCosts
 from shortlist.cascade.allocation.outcomes import prune
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.lessons import make_batch
@@ -78,24 +77,10 @@ class Level(Allocator):
 
 
 @pytest.fixture(autouse=True)
-def told_costs(monkeypatch):
+def costs_are_told(monkeypatch):
     system("tiny-level", stage="allocation", paper="baseline")(Level)
 
-    def measure(cascade, dataset, requests, chains, *, seed, tell):
-        ms_J = np.array([COSTS[chain.name] for chain in chains])
-        return ChainCosts(
-            names=tuple(chain.name for chain in chains),
-            mflop_J=10 * ms_J,
-            alone_J=ms_J,
-            batched_J=ms_J / 2,
-            measured_alone_J=ms_J,
-            measured_batched_J=ms_J / 2,
-            agreement={"mflop_alone": 1.0, "again_alone": float("nan")},
-            num_requests=1,
-            machine={},
-        )
-
-    monkeypatch.setattr(module, "measure_costs", measure)
+    monkeypatch.setattr(module, "measure_costs", told_costs(COSTS))
 
 
 def run_with(allocation, text=OFFERING):
