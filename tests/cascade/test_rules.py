@@ -220,6 +220,22 @@ def test_items_that_are_gone_come_first(dataset, attributes):
     assert ruling.pins == {2: int(dataset.item_ids.encode(["102"])[0])}
 
 
+def test_items_that_are_gone_are_ruled_alike_with_and_without_another_rule(dataset):
+    """A rule that takes nothing away goes the long way."""
+    available = torch.ones(dataset.num_items + 1, dtype=torch.bool)
+    available[[0, *dataset.item_ids.encode(["100", "101"]).tolist()]] = False
+    gone = Availability(available=available, num_gone=2)
+    seen = dataset.item_ids.encode(["101", "102", "102", "103"])
+    everything = dataset.item_ids.ids.to_list()
+    short, long = (
+        rule(rules, dataset.item_ids.encode, dataset.num_items, seen=seen, availability=gone)
+        for rules in (Rules(), Rules(allow=everything))
+    )
+    assert torch.equal(short.allowed, long.allowed)
+    assert short.removed == {"unavailable": 2, "seen": 2}
+    assert long.removed == {"unavailable": 2, "allow": 0, "seen": 2}
+
+
 def test_many_are_ruled_as_each_alone(dataset, attributes):
     rng = np.random.default_rng(1)
     seen = [rng.integers(0, dataset.num_items + 1, size=rng.integers(0, 12)) for _ in range(6)]
