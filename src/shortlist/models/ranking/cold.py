@@ -82,7 +82,7 @@ class COLD(Ranker):
         return (tune,) if self.body.gates is None else (select, tune)
 
     def user_state(self, batch: Batch) -> State:
-        """What depends on the request alone."""
+        """What depends on the request alone: its share of the first layer [B, W], and codes of its past with their shares [B, S]."""
         return self.body.user_state(batch)
 
     def score_candidates(self, state: State, candidates: Candidates) -> Scores:
