@@ -17,67 +17,32 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 
+from _request_systems import FileVectors
 from shortlist.cascade.cascade import Cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.indexing import build_indexes
 from shortlist.cascade.lessons import chunks, make_batch, sample
-from shortlist.data.batches import Batch
 from shortlist.data.dataset import Dataset, build_dataset
-from shortlist.data.jagged import segment_mean
 from shortlist.data.log import read
-from shortlist.data.schema import Space
 from shortlist.evaluation.benchmarks import record
 from shortlist.evaluation.evaluate import evaluate
 from shortlist.evaluation.evidence import machine_lock
 from shortlist.evaluation.runs import evaluate_counted
-from shortlist.models.base import Cost, RequestShape, VectorRetriever
-from shortlist.registry import system
+from shortlist.models.base import VectorRetriever
 
 RESULT = Path(__file__).parent / "results" / "large_catalogue.json"
 VECTORS = "vectors.npy"
 KINDS = ("exact", "ivf", "hnsw")
 ARMS = ("exact", "ivf", "popularity", "personal-frequency", "counts", "item-knn", "hnsw")
-USERS, DAYS, ITEMS_OF_GROUP, LATEST, K, KEEP = 4_000, 30, 100, 5, 10, 100
+USERS, DAYS, ITEMS_OF_GROUP, K, KEEP = 4_000, 30, 100, 10, 100
 LIMIT_GIB = 2.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlantedConfig:
-    folder: str
-    """Where the vectors lie."""
-
-
-@system("planted-vectors", stage="retrieval", paper="baseline", needs={"history"})
-class Planted(VectorRetriever):
-    """Vectors from a file; a user is the mean of the latest items."""
-
-    Config = PlantedConfig
-
-    def __init__(self, config: PlantedConfig, space: Space) -> None:
-        super().__init__(config, space)
-        self.max_history = LATEST
-        item_Nd = torch.from_numpy(np.load(Path(config.folder) / VECTORS))
-        self.item_Nd = torch.nn.Parameter(item_Nd, requires_grad=False)
-
-    def encode_user(self, batch: Batch) -> Tensor:
-        items = batch.history.items.last(LATEST)
-        return segment_mean(self.item_Nd[items.values], items.row_of_value, batch.size)
-
-    def encode_items(self, rows: Tensor) -> Tensor:
-        return self.item_Nd[rows]
-
-    def cost(self, shape: RequestShape, cached: bool = False) -> Cost:
-        d = self.item_Nd.shape[1]
-        return Cost(user_flops=LATEST * d, item_flops=2.0 * d, bytes=4.0 * d * shape.num_items)
 
 
 def make(folder: Path, num_items: int, dim: int, seed: int = 0) -> None:
@@ -111,11 +76,11 @@ def run_vectors(folder: Path, kind: str, num_requests: int) -> dict[str, Any]:
     config = RunConfig.from_table({
         "surface": {"k": K},
         "index": {"kind": kind, "when_short": "warn"},
-        "stages": {"retrieval": {"systems": ["planted-vectors"], "keep": KEEP}},
-        "systems": {"planted-vectors": {"folder": str(folder)}},
+        "stages": {"retrieval": {"systems": ["file-vectors"], "keep": KEEP}},
+        "systems": {"file-vectors": {"path": str(folder / VECTORS)}},
     })  # fmt: skip
-    model = Planted(config.systems["planted-vectors"].settings, dataset.space).eval()
-    cascade = Cascade(config, dataset.space, {"planted-vectors": model})
+    model = FileVectors(config.systems["file-vectors"].settings, dataset.space).eval()
+    cascade = Cascade(config, dataset.space, {"file-vectors": model})
 
     def queries(retriever: VectorRetriever, most: int):
         asked = sample(dataset.split.valid, most, 0)
