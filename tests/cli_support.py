@@ -87,6 +87,12 @@ def succeeds(*arguments: object) -> Ended:
     return ended
 
 
+def outcome(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    ended = shortlist(*arguments)
+    return ended.code, ended.out, ended.err
+
+
 def refused(*arguments: object) -> str:
     """The one sentence with which the command refuses."""
     ended = shortlist(*arguments)

@@ -7,11 +7,13 @@ nobody has bought. Ids of users are text, ids of items numbers from 100, so that
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
 
+from shortlist.cascade.build import train_cascade
 from shortlist.cascade.cascade import Cascade, stage_space
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.live import Live
@@ -59,6 +61,15 @@ def shop_dataset(seed: int = 0, start: datetime.datetime = START) -> Dataset:
     """The shop, encoded; items may be shown again."""
     events, items = shop_frames(seed, start)
     return build_dataset(read(events, items=items))
+
+
+def trained_shop(folder: Path, text: str = RUN, seed: int = 0) -> Path:
+    """A run trained on the shop by settings in TOML, in the folder."""
+    torch.set_num_threads(1)
+    events, items = shop_frames(seed)
+    config = RunConfig.from_toml(text)
+    train_cascade(build_dataset(read(events, items=items), config.data_settings), config, folder, progress=False)
+    return folder
 
 
 def prepared_cascade(dataset: Dataset, text: str = RUN) -> Cascade:

@@ -12,17 +12,14 @@ import numpy as np
 import pytest
 
 from cli_support import refused, succeeds
-from engine_support import DAY, FIRST_ITEM, NUM_ITEMS, NUM_USERS, START, shop_frames
+from engine_support import DAY, FIRST_ITEM, NUM_ITEMS, NUM_USERS, START, shop_frames, trained_shop
 from shortlist.cascade import updating
-from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.run import load_run
 from shortlist.cascade.schedule import UpdateConfig
 from shortlist.cascade.updating import update
 from shortlist.cli import main
-from shortlist.data.dataset import build_dataset
-from shortlist.data.log import read
 from shortlist.errors import ConfigError, SnapshotError
 from shortlist.store.catalogue import CatalogueStore, ItemUpdate
 from shortlist.store.events import Event, EventStore
@@ -57,11 +54,7 @@ STRIDE = 7
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("update") / "run"
-    events, items = shop_frames()
-    config = RunConfig.from_toml(CONFIG)
-    train_cascade(build_dataset(read(events, items=items), config.data_settings), config, folder, progress=False)
-    return folder
+    return trained_shop(tmp_path_factory.mktemp("update") / "run", CONFIG)
 
 
 def later_events(days=12, seed=3, stride=STRIDE):

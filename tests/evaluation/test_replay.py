@@ -8,21 +8,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
-from engine_support import shop_frames
+from engine_support import trained_shop
 from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.allocation.calibration import allocation_path, calibrate, save_allocation
-from shortlist.cascade.build import train_cascade
-from shortlist.cascade.config import RunConfig
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.meter import StageReport
 from shortlist.cascade.questions import Question
 from shortlist.cascade.request_log import LoggedRequest, LoggedStage, RequestLog
 from shortlist.cascade.rules import Rules
 from shortlist.cascade.run import load_run
-from shortlist.data.dataset import build_dataset
-from shortlist.data.log import read
 from shortlist.errors import ConfigError, DataError, SnapshotError
 from shortlist.evaluation.aftermath import CAVEAT, aftermath
 from shortlist.evaluation.replay import calibrated_ms, open_replay, replay
@@ -56,22 +51,14 @@ max_requests = 60
 HOUR = 3600
 
 
-def train(folder, seed=0):
-    torch.set_num_threads(1)
-    events, items = shop_frames(seed)
-    config = RunConfig.from_toml(SETTINGS)
-    train_cascade(build_dataset(read(events, items=items), config.data_settings), config, folder, progress=False)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("runs") / "shop")
+    return trained_shop(tmp_path_factory.mktemp("runs") / "shop", SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def other_run(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("runs") / "other", seed=1)
+    return trained_shop(tmp_path_factory.mktemp("runs") / "other", SETTINGS, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
 from fastapi.testclient import TestClient
 
-from engine_support import shop_frames
+from engine_support import trained_shop
 from shortlist.cascade.allocation.calibration import allocation_path, calibrate, save_allocation
-from shortlist.cascade.build import train_cascade
-from shortlist.cascade.config import RunConfig
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.run import load_run
-from shortlist.data.dataset import build_dataset
-from shortlist.data.log import read
 from shortlist.serving.app import create_app
 from shortlist.serving.settings import ServerConfig
 
@@ -61,11 +56,7 @@ max_requests = 60
 
 
 def train(folder: Path, seed: int, settings: str = TRAINED) -> Path:
-    torch.set_num_threads(1)
-    events, items = shop_frames(seed)
-    config = RunConfig.from_toml(settings)
-    train_cascade(build_dataset(read(events, items=items), config.data_settings), config, folder, progress=False)
-    return folder
+    return trained_shop(folder, settings, seed)
 
 
 @pytest.fixture(scope="session")

@@ -15,17 +15,13 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from engine_support import break_system, prepared_cascade, raising, shop_dataset, shop_frames
+from engine_support import break_system, prepared_cascade, raising, shop_dataset, shop_frames, trained_shop
 from shortlist.cascade import indexing
-from shortlist.cascade.build import train_cascade
-from shortlist.cascade.config import RunConfig
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.last_resort import LAST_RESORT
 from shortlist.cascade.live import Live
 from shortlist.cascade.questions import Question
 from shortlist.cascade.watch import MOST_LEFT
-from shortlist.data.dataset import build_dataset
-from shortlist.data.log import read
 from shortlist.errors import SnapshotError
 from shortlist.models.base import Retrieved
 from shortlist.serving import batching
@@ -322,11 +318,7 @@ num_uniform = 8
 def indexed(tmp_path_factory):
     """Folder of a run whose retriever searches by an index."""
     pytest.importorskip("faiss")
-    events, items = shop_frames()
-    config = RunConfig.from_toml(INDEXED)
-    folder = tmp_path_factory.mktemp("indexed") / "run"
-    train_cascade(build_dataset(read(events, items=items), config.data_settings), config, folder, progress=False)
-    return folder
+    return trained_shop(tmp_path_factory.mktemp("indexed") / "run", INDEXED)
 
 
 def test_an_index_that_fails_while_it_is_asked(indexed, monkeypatch):
