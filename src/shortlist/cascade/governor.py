@@ -202,13 +202,12 @@ class Governor:
             decision: of `choose`.
             reports: per request, per stage.
         """
-        if decision.chain_B is None or decision.contexts_BF is None:
+        if self.prices is None or decision.chain_B is None or decision.contexts_BF is None:
             return
         spent_C = np.array(
             [sum(getattr(stage, f"spent_{name}") for request in reports for stage in request) for name in RESOURCES]
         )
-        if self.prices is not None:
-            self.prices.note(decision.contexts_BF, decision.chain_B, spent_C)
+        self.prices.note(decision.contexts_BF, decision.chain_B, spent_C)
 
     def answered(self, latency_ms: float, *, failed: bool = False) -> None:
         """A request got its answer, or none, so long after it came in; for the stress cap."""
