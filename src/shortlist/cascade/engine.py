@@ -26,6 +26,7 @@ from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.answers import Answer, Circumstances, logged, make_answers
 from shortlist.cascade.arranging import laid_out, longer
 from shortlist.cascade.cascade import Page
+from shortlist.cascade.every import Every
 from shortlist.cascade.governor import Allotted, Decision, GovernorConfig, open_governor
 from shortlist.cascade.knowing import Known, find_out, reason_of, rulings_of
 from shortlist.cascade.last_resort import LAST_RESORT as LAST_RESORT
@@ -122,9 +123,9 @@ class Engine:
         self._live = self._remembering(live)
         self.meter = Meter()
         self.ads = Ads(self, self._known, self.config.ads)  # engine.ads(user, slots)
-        self._closing = threading.Event()
+        self._ticks = Every(1.0, self._tick, "governor")
         if self.config.governor.moves:
-            threading.Thread(target=self._tick, name="governor", daemon=True).start()
+            self._ticks.start()
 
     @classmethod
     def load(
@@ -185,9 +186,8 @@ class Engine:
 
     def _tick(self) -> None:
         """Once a second the governor looks at what the last one was like."""
-        while not self._closing.wait(1.0):
-            if self._live.governor is not None:
-                self._live.governor.tick()
+        if self._live.governor is not None:
+            self._live.governor.tick()
 
     def _remembering(self, live: Live) -> Live:
         """Memories belong to a snapshot, and so do summaries and the calibration beside it: those of other weights would be wrong."""
@@ -390,7 +390,7 @@ class Engine:
 
     def close(self) -> None:
         """Write what waits for the request log and let go of the files."""
-        self._closing.set()
+        self._ticks.stop()
         if self.request_log is not None:
             self.request_log.close()
         if self.events is not None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.engine import Engine
+from shortlist.cascade.every import Every
 from shortlist.errors import ConfigError, ShortlistError
 
 LOG = logging.getLogger("shortlist.serving")
@@ -37,8 +38,7 @@ class Budgets:
         self.engine, self.path, self.every_s = engine, path, every_s
         self._setting = threading.Lock()
         self._stamp: tuple[int, int] | None = None
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._looks = Every(every_s, self.look, "budgets")
 
     def set(self, budget: Budget) -> None:
         """Let a request cost another budget on average from now on, after a swap too; no limits = as calibrated.
@@ -70,15 +70,12 @@ class Budgets:
     def start(self) -> Budgets:
         """Look from now on, in a thread of its own."""
         self.look()
-        self._thread = threading.Thread(target=self._follow, name="budgets", daemon=True)
-        self._thread.start()
+        self._looks.start()
         return self
 
     def close(self) -> None:
         """Stop looking."""
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join(timeout=2 * self.every_s)
+        self._looks.stop()
 
     def _aim(self, budget: Budget) -> None:
         engine = self.engine
@@ -89,10 +86,6 @@ class Budgets:
                 )
             engine.live.governor.aim(budget)
             engine.config = replace(engine.config, governor=replace(engine.config.governor, budget=budget))
-
-    def _follow(self) -> None:
-        while not self._closing.wait(self.every_s):
-            self.look()
 
     def _seen(self) -> tuple[int, int] | None:
         try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -21,6 +20,7 @@ from pathlib import Path
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from shortlist.cascade.every import Every
 from shortlist.cascade.trials import Trials
 from shortlist.errors import DataError, ShortlistError
 from shortlist.store.events import StoreUnavailable
@@ -88,20 +88,19 @@ class Referee:
     ) -> None:
         guarded = any(experiment.guardrails for experiment in trials.experiments.values())
         self.trials, self.judge = trials, judge if guarded else None
-        self.look_s, self.judge_s = look_s, judge_s
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="referee", daemon=True)
+        self.judge_s = judge_s
+        self._judge_at = 0.0
+        self._looks = Every(look_s, self._watch, "referee")
 
     def start(self) -> Referee:
         """Look from now on, in a thread of its own."""
-        self._thread.start()
+        self._judge_at = time.monotonic() + self.judge_s
+        self._looks.start()
         return self
 
     def close(self) -> None:
         """Stop looking; a judgement under way is not waited for."""
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=2 * self.look_s)
+        self._looks.stop()
 
     def look(self) -> None:
         """Take over what others have stopped. Never raises."""
@@ -124,14 +123,12 @@ class Referee:
             LOG.exception("guardrails can not be judged")
 
     def _watch(self) -> None:
-        judge_at = time.monotonic() + self.judge_s
-        while not self._closing.wait(self.look_s):
-            self.look()
-            began = time.monotonic()
-            if began >= judge_at:
-                self.judge_now()
-                now = time.monotonic()
-                judge_at = now + max(self.judge_s, 10 * (now - began))
+        self.look()
+        began = time.monotonic()
+        if began >= self._judge_at:
+            self.judge_now()
+            now = time.monotonic()
+            self._judge_at = now + max(self.judge_s, 10 * (now - began))
 
 
 class TrialNumbers(Collector):

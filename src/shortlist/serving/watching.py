@@ -18,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from shortlist.cascade.engine import Engine
+from shortlist.cascade.every import Every
 from shortlist.errors import ShortlistError
 from shortlist.store.published import Place, State, Version
 
@@ -54,8 +55,7 @@ class Watcher:
     def __init__(self, engine: Engine, place: Place, *, every_s: float = EVERY_S) -> None:
         self.engine, self.place, self.every_s = engine, place, every_s
         self._looking = threading.Lock()
-        self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._looks = Every(every_s, self.look, "watcher")
         self._stamp: tuple[int, int, int] | None = None
         self._retry_at = 0.0
         self._num_swaps = self._num_failed = 0
@@ -63,15 +63,12 @@ class Watcher:
 
     def start(self) -> Watcher:
         """Look from now on, in a thread of its own."""
-        self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
-        self._thread.start()
+        self._looks.start()
         return self
 
     def close(self) -> None:
         """Stop looking; a version that is being loaded is not waited for."""
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join(timeout=2 * self.every_s)
+        self._looks.stop()
 
     @property
     def following(self) -> Following:
@@ -121,10 +118,6 @@ class Watcher:
     def state(self) -> State:
         """What the place holds."""
         return self.place.state()
-
-    def _watch(self) -> None:
-        while not self._closing.wait(self.every_s):
-            self.look()
 
 
 class WatcherNumbers(Collector):
