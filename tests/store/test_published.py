@@ -64,6 +64,8 @@ def test_what_stands_beside_a_run_comes_along(tmp_path, place):
     make_run(run.with_name(f"{run.name}.allocation"), 7)
     (tmp_path / f"{run.name}.summaries.vista").write_bytes(b"summary")
     (tmp_path / f"{run.name}.clicks.json").write_text("{}")
+    make_run(run.with_name(f"{run.name}-report"), 5)
+    (tmp_path / f"{run.name}-reports").mkdir()  # of somebody else
     (tmp_path / f"{run.name}.summaries.vista.part").write_bytes(b"being written")
     (tmp_path / f"{run.name}.events.db").write_bytes(b"not of the run")
     (tmp_path / "r1x.allocation").write_bytes(b"of another run, whose name fits the pattern")
@@ -71,6 +73,7 @@ def test_what_stands_beside_a_run_comes_along(tmp_path, place):
     assert names(place) == [
         ".lock",
         version,
+        f"{version}-report",
         f"{version}.allocation",
         f"{version}.clicks.json",
         f"{version}.summaries.vista",
@@ -80,6 +83,8 @@ def test_what_stands_beside_a_run_comes_along(tmp_path, place):
     make_run(run.with_name(f"{run.name}.allocation"), 8)  # calibrated again, the run being the same
     place.publish(run)
     assert number_of(place.folder / f"{version}.allocation") == 8
+    place.publish(make_run(tmp_path / "next", 2), keep=1)
+    assert names(place) == [".lock", place.state().current, "current.json"]
     assert len(place.state().versions) == 1
 
 

@@ -2,7 +2,7 @@
 
     PLACE/current.json             the version that is served, and all versions in the order in which they were published
     PLACE/3f2a09c41b7d/            a run, as `shortlist train --out` wrote it
-    PLACE/3f2a09c41b7d.allocation  and what stood beside it there: calibrations, summaries, text index
+    PLACE/3f2a09c41b7d.allocation  and what stood beside it there: calibrations, summaries, text index, report
 
 A version is copied beside its place, checked against its own digests and renamed; `current.json` is replaced in one step after that.
 So whoever reads the place, also in the middle of a publication or after a kill -9, finds a whole run. Versions never change, which
@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +29,9 @@ CURRENT = "current.json"
 FORMAT = 1
 KEEP = 5
 """Versions that stay in a place where nobody says another number."""
-BESIDE = ("allocation", "search", "summaries.*", "clicks.json")
-"""What belongs to a run and stands beside it, as RUN.NAME."""
+BESIDE = (".allocation", ".search", ".summaries.*", ".clicks.json", "-report")
+"""What belongs to a run and stands beside it: how such a name goes on after that of the run."""
+_VERSION = re.compile(r"([0-9a-f]{12})(?=[.-]|$)")
 _LOCK, _COPYING, _LEAVING = ".lock", "publishing", "leaving"
 
 
@@ -251,7 +253,7 @@ class Place:
             name = path.name
             if name in (CURRENT, _LOCK) or not _is_ours(name):
                 continue
-            if name.endswith((f".{_COPYING}", f".{_LEAVING}")) or name.partition(".")[0] not in listed:
+            if name.endswith((f".{_COPYING}", f".{_LEAVING}")) or _version(name) not in listed:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
@@ -268,13 +270,18 @@ class Place:
 
 def _is_ours(name: str) -> bool:
     """Whether a name in a place is one that publishing gives: a version, what stands beside one, or `current.json` being written."""
-    head = name.partition(".")[0]
-    return name.startswith(f"{CURRENT}.") or (len(head) == 12 and all(letter in "0123456789abcdef" for letter in head))
+    return name.startswith(f"{CURRENT}.") or _VERSION.match(name) is not None
+
+
+def _version(name: str) -> str | None:
+    """The version that a name in a place belongs to."""
+    found = _VERSION.match(name)
+    return None if found is None else found[1]
 
 
 def _beside(run: Path) -> list[Path]:
     """What stands beside a run and belongs to it; locks and what is being written do not."""
-    found = [path for kind in BESIDE for path in sorted(run.parent.glob(f"{_literal(run.name)}.{kind}"))]
+    found = [path for kind in BESIDE for path in sorted(run.parent.glob(f"{_literal(run.name)}{kind}"))]
     return [path for path in found if not path.name.endswith((".lock", ".writing", ".previous", ".part"))]
 
 
