@@ -142,7 +142,7 @@ def verdict(arms: Mapping[str, Arm]) -> Judgement:
 def saved(share: float, what: str) -> str:
     """What an arm needs less than the default chain for its worth, in words."""
     if np.isnan(share):
-        return f"below the default chain's worth at every budget, so no {what} are saved"
+        return f"below the default chain's worth at every budget of some seed, so no {what} are saved"
     return f"needs {share:.0%} fewer {what} than the default chain for its worth"
 
 

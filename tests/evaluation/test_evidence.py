@@ -58,6 +58,14 @@ def test_seeds_become_a_mean_with_a_t_interval():
     assert lab.arms()["a"].per_seed["x"] == (1.0, 2.0, 3.0)
 
 
+def test_what_a_seed_does_not_have_has_no_mean():
+    lab = Lab(CLAIM, kept=None, quick=False, say=quiet)
+    for seed, value in zip(lab.seeds, (1.0, float("nan"), 3.0)):
+        lab.measure("a", seed, lambda value=value: {"x": value, "y": 2.0})
+    arm = lab.arms()["a"]
+    assert (set(arm.metrics), arm.metrics["y"].mean) == ({"y"}, 2.0)
+
+
 def test_an_arm_may_bring_its_own_interval_over_users():
     lab = Lab(CLAIM, kept=None, quick=True, say=quiet)
     lab.measure("a", 0, lambda: {"x": Interval(0.5, 0.4, 0.6)})

@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -173,6 +174,8 @@ class Lab:
         metrics, per_seed = {}, {}
         for metric in [m for m in records[0]["metrics"] if not m.startswith("cost:")]:
             values = [r["metrics"][metric] for r in records]
+            if any(isinstance(v, float) and math.isnan(v) for v in values):
+                continue  # what one seed does not have, as a bar that it never reached, has no mean
             if isinstance(values[0], dict):
                 means = tuple(v["mean"] for v in values)
                 metrics[metric] = Interval(**values[0]) if len(values) == 1 else _pooled(values)
