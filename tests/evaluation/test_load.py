@@ -12,7 +12,6 @@ import pytest
 from shortlist.errors import DataError
 from shortlist.evaluation.load import FAILED, Post, closed_loop, open_loop
 
-
 IDLE_S = 3.0
 
 
