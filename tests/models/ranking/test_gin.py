@@ -285,7 +285,8 @@ def test_each_stage_updates_what_it_should():
     assert {"layers.0.mix.weight", "layers.0.project.weight"} <= second
     assert any(name.startswith("unit.") for name in second)
     assert any(name.startswith("head.") for name in second)
-    unsure = {"layers.0.of_self.weight"}  # shifts all logits of a node alike, unless one lies on the other side of the leaky ReLU
+    # Shifts all logits of a node alike, unless some lie on the other side of the leaky ReLU.
+    unsure = {"layers.0.of_self.weight"}
     assert joint - unsure == (second | {name for name in first if not name.startswith("contexts")}) - unsure
     assert len(GIN(TINY, rich_space()).phases()) == 1
     assert GIN(TINY, rich_space()).contexts is None
