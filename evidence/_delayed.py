@@ -32,7 +32,7 @@ from shortlist.training.streaming import StreamConfig, train_stream
 DAY_S = 86_400
 DAYS, START_DAY = 60, 30
 USER_FIELDS = ("age", "gender", "occupation")
-ARMS: dict[str, tuple[str, dict[str, bool]]] = {
+ARMS: dict[str, tuple[str, dict[str, str | bool]]] = {
     "vanilla": ("vanilla", {}),
     "vanilla, duplicates": ("vanilla", {"duplicates": True}),
     "oracle": ("label-oracle", {}),
@@ -43,6 +43,8 @@ ARMS: dict[str, tuple[str, dict[str, bool]]] = {
     "ES-DFM": ("es-dfm", {}),
     "DEFER": ("defer", {}),
     "DEFUSE": ("defuse", {}),
+    "DEFUSE on FNW's samples": ("defuse", {"samples": "fnw", "posterior": "current"}),
+    "DEFUSE on DEFER's samples": ("defuse", {"samples": "defer"}),
     "Bi-DEFUSE": ("bi-defuse", {}),
 }
 METRICS = ("auc", "pr_auc", "nll")

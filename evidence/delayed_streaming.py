@@ -1,4 +1,4 @@
-"""Ten ways to learn from conversions that come late, on one stream: MovieLens-100K in its order, with made delays.
+"""Ways to learn from conversions that come late, all on one stream: MovieLens-100K in its order, with made delays.
 
 `shortlist prove delayed_streaming` (wants SHORTLIST_DATA); resumes where it was stopped.
 """

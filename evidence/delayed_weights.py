@@ -33,6 +33,8 @@ ARMS: dict[str, tuple[str, dict[str, str | bool]]] = {
     "DEFER": ("defer", {}),
     "DEFUSE": ("defuse", {}),
     "DEFUSE, z by its own chance": ("defuse", {"posterior": "current"}),
+    "DEFUSE on FNW's samples": ("defuse", {"samples": "fnw", "posterior": "current"}),
+    "DEFUSE on DEFER's samples": ("defuse", {"samples": "defer"}),
     "Bi-DEFUSE": ("bi-defuse", {}),
 }
 CLOSED: Mapping[str, Callable[[float, float, float], float]] = {
@@ -46,6 +48,8 @@ CLOSED: Mapping[str, Callable[[float, float, float], float]] = {
     "DEFER": lambda f, p, dp: 2 * f * (1 - f) * (f - p) / ((f - dp / 2) * (1 - f + dp / 2)),
     "DEFUSE": lambda f, p, dp: (1 + dp) * (f - p),
     "DEFUSE, z by its own chance": lambda f, p, dp: _by_own_chance(f, p, dp),
+    "DEFUSE on FNW's samples": lambda f, p, dp: (1 - f) * (f - p),
+    "DEFUSE on DEFER's samples": lambda f, p, dp: 2 * (f - p),
 }
 """Gradient of the mean loss per click with respect to the logit, for chances f above dp / 2."""
 WRONG = (("f_rn", 0.7), ("f_rn", 0.85), ("f_rn", 1.15), ("f_rn", 1.3), ("f_dp", 0.7), ("f_dp", 1.3))

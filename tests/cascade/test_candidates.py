@@ -54,14 +54,25 @@ def test_merge_is_reciprocal_rank_fusion(keep):
     assert at == len(scores)
 
 
-def test_merge_of_one_list_is_that_list():
+@pytest.mark.parametrize("keep", [1, 4, 20])
+def test_merge_of_one_list_is_the_same_with_an_empty_one_beside_it(keep):
+    """A single list takes a shorter way; gaps and items named twice are as in any other."""
     part = random_lists(3)
     assert as_lists(merge([found(part)], 20)[0]) == as_lists(part)
+    rng = np.random.default_rng(3)
+    with_gaps = torch.from_numpy(rng.permuted(np.tile(np.arange(NUM_ITEMS + 1), (6, 1)), axis=1) % NUM_ITEMS)
+    with_gaps[with_gaps == 1] = 0
+    for rows in (found(part).rows, with_gaps, torch.from_numpy(rng.integers(0, 5, (6, 9)))):
+        alone = merge([Retrieved(rows, rows.float())], keep)
+        beside = merge([Retrieved(each, each.float()) for each in (rows, torch.zeros_like(rows))], keep)
+        assert as_lists(alone[0]) == as_lists(beside[0])
+        assert torch.equal(alone[1], beside[1])
 
 
+@pytest.mark.parametrize("num_requests", [1, 7])
 @pytest.mark.parametrize("keep", [None, 0, 2, 100])
-def test_best_first_sorts_each_request_and_keeps_equals_in_order(keep):
-    rows = random_lists(4)
+def test_best_first_sorts_each_request_and_keeps_equals_in_order(keep, num_requests):
+    rows = random_lists(4, num_requests=num_requests)
     scores = torch.from_numpy(np.random.default_rng(0).integers(0, 3, len(rows.values))).float()
     index = best_first(rows, scores, keep)
     expected = []
@@ -102,6 +113,16 @@ def test_standardised_scores_do_not_see_shift_scale_or_neighbours():
         torch.testing.assert_close(standardise(alone, scores[1:, a:b])[1], place[1:, a:b])
 
 
+def test_places_of_many_equal_scores_by_brute_force():
+    rows = random_lists(10, num_requests=30)
+    scores = torch.from_numpy(np.random.default_rng(0).integers(-2, 2, (3, len(rows.values)))).float()
+    _, place = standardise(rows, scores)
+    for a, b in zip(rows.offsets.tolist(), rows.offsets[1:].tolist()):
+        below = (scores[:, a:b, None] > scores[:, None, a:b]).sum(2)
+        equal = (scores[:, a:b, None] == scores[:, None, a:b]).sum(2)
+        torch.testing.assert_close(place[:, a:b], (2 * below + equal) / max(b - a, 1) - 1)
+
+
 def test_large_equal_scores_have_no_spread():
     rows = Jagged.from_rows([[1, 2, 3]])
     value, place = standardise(rows, torch.full((1, 3), 1.1e7))
@@ -115,6 +136,14 @@ def test_finite_replaces_what_can_be_and_names_what_can_not():
     scores, bad = finite(rows, torch.tensor([2.0, -inf, 1.0, nan, 3.0, -inf, inf, 0.0]))
     assert bad.tolist() == [False, True, False, True, True]
     assert scores.tolist() == [2.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_finite_leaves_finite_scores_as_they_are_even_where_their_sum_is_none():
+    rows = Jagged.from_rows([[1, 2], [3]])
+    given = torch.tensor([3e38, 3e38, -0.0])
+    scores, bad = finite(rows, given)
+    assert torch.equal(scores, given)
+    assert not bad.any()
 
 
 def test_first_permitted_by_brute_force():

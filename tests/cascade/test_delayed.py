@@ -1,22 +1,27 @@
 """A late task in a cascade: when outcomes came, the rule's samples at the end of the fit window, and a run from log to page."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
-from shortlist.cascade import build
+from shortlist.cascade import build, delayed
 from shortlist.cascade.config import Learning, RunConfig
 from shortlist.cascade.delayed import DelayedSource, delayed_lessons
 from shortlist.cascade.lessons import Lessons, make_batch
 from shortlist.cascade.run import load_run
+from shortlist.cascade.schedule import UpdateConfig
 from shortlist.cascade.tasks import DELAY, ActionLabels, ShownLabels, check_tasks
+from shortlist.cascade.updating import update
 from shortlist.data.dataset import build_dataset
 from shortlist.data.jagged import Jagged
 from shortlist.data.log import read
 from shortlist.data.splits import WINDOW_NUMBER, DataConfig
-from shortlist.errors import ConfigError
-from shortlist.models.ranking.shared_bottom import SharedBottom
+from shortlist.errors import ConfigError, DataError
+from shortlist.models.ranking.shared_bottom import SharedBottom, SharedBottomConfig
+from shortlist.store.events import Event, EventStore
 from shortlist.training.config import FeedbackChoice
 from shortlist.training.feedback.base import (
     LATE,
@@ -194,6 +199,67 @@ def _plainly(rule, clicked, delay, age):
     return kinds
 
 
+def _times_plainly(rule, delay, clicked_at):
+    """(emitted at, kind) of what the stream sends of a click, ever."""
+    bought = not np.isnan(delay)
+    came = clicked_at + int(delay) if bought else None
+    if rule == "fnw":
+        return [(clicked_at, NEGATIVE)] + [(came, LATE)] * bought
+    is_quick = bought and delay <= HOUR
+    sent = [(clicked_at + HOUR, POSITIVE if is_quick else NEGATIVE)]
+    if bought and not is_quick and rule in ("es-dfm", "defer", "defuse"):
+        sent.append((came, LATE))
+    elif rule == "defer":
+        sent.append((clicked_at + 100 * HOUR + 1, SETTLED_POSITIVE if is_quick else SETTLED_NEGATIVE))
+    return sent
+
+
+@pytest.mark.parametrize("rule", ["vanilla", "fnw", "fsiw", "es-dfm", "defer", "defuse"])
+def test_a_ranker_that_goes_on_learns_what_was_sent_since(dataset, rule):
+    """Late positives of clicks before that moment are there, their first samples are not; nothing stands in for what may come."""
+    learning = learning_of(rule)
+    lessons, now = lessons_of(dataset, learning), dataset.plan.now["valid"] - 1
+    since = int(np.median(lessons.requests.time))
+    made = delayed_lessons(lessons, dataset, learning, make_feedback(learning.feedback), since)
+    assert made.num_known == len(made.emitted)
+    new = made.lessons
+    owner, found = new.rows.row_of_value.tolist(), {}
+    for at, number in enumerate(new.pair["number"].long().tolist()):
+        copies = found.setdefault(number, [])
+        sample, click = int(made.sample[at]), new.labels["click"][at].item()
+        np.testing.assert_equal(click, np.nan if copies else lessons.labels["click"][number].item())
+        assert np.isnan(new.labels["purchase"][at].item()) == (sample < 0)
+        copies.append((int(made.emitted.emitted_at[sample]), int(made.emitted.kind[sample])) if sample >= 0 else None)
+        assert owner[at] == int(lessons.rows.row_of_value[number])
+    assert len(found) == len(lessons.rows.values)
+    late_of_before = 0
+    for number, copies in found.items():
+        clicked_at = int(lessons.requests.time[lessons.rows.row_of_value[number]])
+        sent = []
+        if lessons.labels["click"][number] == 1:
+            sent = _times_plainly(rule, lessons.labels[DELAY][number].item(), clicked_at)
+        assert [copy for copy in copies if copy] == [one for one in sent if since < one[0] <= now]
+        late_of_before += clicked_at + HOUR <= since and any(copy and copy[1] == LATE for copy in copies)
+    assert (late_of_before > 3) == (rule in ("fnw", "es-dfm", "defer", "defuse"))
+
+
+def test_nothing_sent_since_is_refused(dataset, tmp_path):
+    learning, config = learning_of("defuse"), RunConfig.from_toml(CONFIG)
+    system = SharedBottom(SharedBottomConfig(), replace(dataset.space, tasks=TASKS))
+    with pytest.raises(DataError, match="too few new events for task 'purchase'"):
+        delayed.delayed_source(
+            lessons_of(dataset, learning),
+            dataset,
+            system,
+            dataset.view("fit"),
+            learning,
+            config.trainer,
+            folder=tmp_path,
+            progress=False,
+            since=dataset.plan.now["valid"],
+        )
+
+
 def test_batches_hand_the_task_to_the_rule(dataset, tmp_path):
     """Labels of the late task are gone, a criterion stands for them; its loss is the rule's over the samples of the batch."""
     config = RunConfig.from_toml(CONFIG)
@@ -260,6 +326,54 @@ def test_a_run_is_saved_and_makes_pages(dataset, tmp_path):
     assert page.rows.shape == (4, 3)
     assert (page.rows > 0).all()
     assert not [problem for trace in page.traces for problem in trace.problems]
+
+
+def test_an_update_follows_the_stream_where_the_run_stopped(tmp_path):
+    """A purchase of a click before the update, made since, is learned as a late positive, once; what was sent before is not sent again."""
+    frame = clicks_and_purchases(3, num_events=900)
+    later = 1_600_000_000 + 45 * 24 * HOUR
+    events = EventStore(tmp_path / "events.db", sync="normal")
+    new = frame.filter(pl.col("timestamp") >= later)
+    events.append([Event(user=u, item=i, timestamp=float(t), action=a) for u, i, t, a in new.iter_rows()])
+    config = RunConfig.from_toml(CONFIG).override("trainer.epochs=1", "retrieval.keep=15")
+    known = build_dataset(read(frame.filter(pl.col("timestamp") < later)), config.data_settings)
+    made = []
+
+    def spied(*args, **kwargs):
+        made.append(delayed_lessons(*args, **kwargs))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delayed, "delayed_lessons", spied)
+        build.train_cascade(known, config, tmp_path / "run", progress=False)
+        done = update(tmp_path / "run", events, config=UpdateConfig(margin=1.0), progress=False)
+        assert (done.outcome, done.retrained) == ("updated", {})
+    events.close()
+    first, second = made
+    assert first.now < second.now
+    assert first.num_known < len(first.emitted)
+    assert second.num_known == len(second.emitted)
+    assert second.emitted.emitted_at.min() > first.now
+    windows = known.plan.now, load_run(tmp_path / "run").dataset.plan.now
+    assert windows[1]["fit"] == max(windows[0]["fit"], first.now - 100 * HOUR)
+
+    def purchases(one, start, end):
+        """(user, item, time of the purchase, of the request) of late positives emitted in a window, by ids."""
+        emitted = one.emitted.select(np.arange(one.num_known)).between(start, end)
+        late = emitted.kind == LATE
+        click = emitted.click[late]
+        asked, item = one.clicks.requests.select(click), one.clicks.candidates.rows.values.numpy()[click]
+        data = known if one is first else load_run(tmp_path / "run").dataset
+        names = data.user_ids.ids.to_list(), data.item_ids.ids.to_list()
+        rows = zip(asked.user, item, emitted.emitted_at[late], asked.time, strict=True)
+        return [(names[0][u - 1], names[1][i - 1], int(t), int(asked_at)) for u, i, t, asked_at in rows]
+
+    before, since = purchases(first, 0, first.now + 1), purchases(second, 0, second.now + 1)
+    assert len(since) == len(set(since)) > 10
+    assert not set(before) & set(since)
+    bought = set(frame.filter(pl.col("action") == "purchase").select("user_id", "item_id", "timestamp").iter_rows())
+    assert {one[:3] for one in since} <= bought
+    assert any(asked_at + HOUR <= first.now < t for _, _, t, asked_at in since)
 
 
 def test_the_chance_of_a_late_purchase_is_not_too_low(tmp_path):

@@ -1,5 +1,7 @@
 """Jagged rows against plain Python lists."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -96,3 +98,39 @@ def test_keeping_some_values_keeps_the_rows():
     assert rows.count(~mask).tolist() == [1, 0, 1, 0]
     nothing = Jagged.from_rows([])
     assert nothing.keep(torch.zeros(0, dtype=torch.bool)).num_rows == 0
+
+
+def test_what_follows_from_offsets_is_worked_out_once(rows):
+    jagged = Jagged.from_rows(rows)
+    for name in ("lengths", "row_of_value", "position_of_value"):
+        assert getattr(jagged, name) is getattr(jagged, name)
+
+
+def test_rows_made_from_others_know_their_own_lengths(rows):
+    """Whatever was asked of the whole before, its parts answer for themselves."""
+    whole = Jagged.from_rows(rows)
+    assert len(whole.position_of_value) == len(whole.row_of_value)
+    turned = torch.arange(len(rows)).flip(0)
+    made = {
+        "keep": (whole.keep(whole.values % 2 == 0), [[v for v in row if v % 2 == 0] for row in rows]),
+        "select": (whole.select(turned), rows[::-1]),
+        "last": (whole.last(2), [row[-2:] for row in rows]),
+        "with_values": (whole.with_values(-whole.values), [[-v for v in row] for row in rows]),
+        "replace": (replace(whole, offsets=whole.offsets[:1], values=whole.values[:0]), []),
+        "to": (whole.to("cpu"), rows),
+    }
+    for part, expected in made.values():
+        assert rows_of(part) == expected
+        assert part.lengths.tolist() == [len(row) for row in expected]
+        assert part.row_of_value.tolist() == [r for r, row in enumerate(expected) for _ in row]
+        assert part.position_of_value.tolist() == [p for row in expected for p in range(len(row))]
+
+
+def test_what_was_asked_while_evaluating_serves_training_too():
+    jagged = Jagged.from_rows([[3, 1], [2]])
+    with torch.inference_mode():
+        assert jagged.row_of_value.tolist() == [0, 0, 1]
+    weight = torch.ones(2, requires_grad=True)
+    (weight[jagged.row_of_value] ** 2).sum().backward()  # an inference tensor could not be kept for this
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [4.0, 2.0]

@@ -49,6 +49,40 @@ def test_large_and_small_batches_find_the_same_rows():
     assert whole.flags.writeable
 
 
+@pytest.mark.parametrize(
+    "known",
+    [
+        pl.Series(["b", "a", "", "07", "7", "-3", "é", "e\u0301", "日本", "\U0001f600", "\uffff", "Z", "z", "\x00a"]),
+        pl.Series([7, -3, 0, 2**63 - 1, -(2**63), 12]),
+    ],
+)
+def test_a_handful_is_found_as_a_column_is(known):
+    """Ids one by one in plain Python, or as a column in Polars."""
+    vocabulary = Vocabulary.build(known, seed=1)
+    asked = [
+        *known.to_list(),
+        None,
+        "07",
+        "+7",
+        " 7",
+        "7 ",
+        "1_2",
+        "7.0",
+        "-0",
+        "\uff17",
+        "9" * 30,
+        "9" * 5_000,
+        "y",
+        "日",
+    ]
+    asked += [str(value) for value in known] + [7, 12, 0, -(2**63), 2**70, True]
+    column = pl.Series([None if value is None else str(value) for value in asked], dtype=pl.String)
+    one_by_one = [int(vocabulary.encode([value])[0]) for value in asked]
+    assert one_by_one == vocabulary.encode(column).tolist() == vocabulary.encode(asked).tolist()
+    assert vocabulary.encode(["b"]).dtype == np.int64
+    assert sorted(one_by_one[: len(known)]) == list(range(1, len(known) + 1))
+
+
 def test_numbering_keeps_no_order_of_the_log():
     """Rows must tell neither first appearance nor popularity nor the order of ids: all rank correlations are small."""
     rng = np.random.default_rng(1)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import threading
 import time
 
@@ -9,20 +10,28 @@ import numpy as np
 import pytest
 
 from shortlist.errors import DataError
-from shortlist.evaluation.load import FAILED, closed_loop, open_loop
+from shortlist.evaluation.load import FAILED, Post, closed_loop, open_loop
+
+IDLE_S = 3.0
 
 
 @pytest.fixture(scope="module")
 def port():
-    """A server that answers /wait/MS after so many milliseconds, /status/N with that status, and closes at /broken."""
+    """A server that answers /wait/MS after so many milliseconds, /status/N with that status, and closes at /broken.
+
+    What it says is the path and the body it got. An idle connection it closes after `IDLE_S`, without a word, as servers do.
+    """
     started, ports = threading.Event(), []
 
     async def handle(reader, writer):
         try:
             while True:
-                path = (await reader.readuntil(b"\r\n\r\n")).split()[1].decode()
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), IDLE_S)
+                path = head.split()[1].decode()
+                told = re.search(rb"content-length: (\d+)", head.lower())
+                got = "" if told is None else (await reader.readexactly(int(told[1]))).decode()
                 _, kind, *value = path.split("/")
-                status, body = 200, json.dumps({"path": path}).encode()
+                status, body = 200, json.dumps({"path": path, "body": got}).encode()
                 if kind == "wait":
                     await asyncio.sleep(float(value[0]) / 1e3)
                 elif kind == "status":
@@ -33,7 +42,7 @@ def port():
                 writer.write(b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n%s\r\n%s" % (status, len(body), close, body))
                 if close:
                     break
-        except asyncio.IncompleteReadError:
+        except (asyncio.IncompleteReadError, TimeoutError):
             pass
         finally:
             writer.close()
@@ -55,6 +64,23 @@ def test_every_request_gets_its_own_reply(port):
     assert replies.status.tolist() == [200] * 50 + [503, FAILED, 200, 200]
     bodies = [None if body is None else json.loads(body)["path"] for body in replies.bodies]
     assert bodies == [*paths[:51], None, *paths[52:]]
+
+
+def test_a_request_may_bring_a_body(port):
+    asks = [Post("/path/a", b'{"user": "\xc3\xa9"}'), "/path/b", Post("/status/422", b"[]")]
+    replies = closed_loop(port, asks, concurrency=1)
+    assert replies.status.tolist() == [200, 200, 422]
+    told = [json.loads(body) for body in replies.bodies]
+    assert [(one["path"], one["body"]) for one in told] == [
+        ("/path/a", '{"user": "\u00e9"}'),
+        ("/path/b", ""),
+        ("/status/422", "[]"),
+    ]
+
+
+def test_a_connection_that_lay_idle_is_not_used_again(port):
+    replies = open_loop(port, np.array([0.0, 0.0, IDLE_S + 0.3]), ["/path/a", "/path/b", "/path/c"])
+    assert replies.status.tolist() == [200, 200, 200]
 
 
 def test_a_closed_loop_keeps_so_many_at_work(port):

@@ -10,6 +10,7 @@ from shortlist.layers.graphs import (
     NEVER,
     Neighbours,
     co_clicks,
+    drawn_edges,
     from_edges,
     hops,
     neighbour_mean,
@@ -161,6 +162,18 @@ def test_samples_are_drawn_by_weight_without_replacement():
     assert missed.item() == pytest.approx(0.2 * 7 / 8 + 0.7 * 2 / 3, abs=0.015)
     whole = neighbours(GRAPH, torch.tensor([2, 1]), most=3)
     assert whole.node_e.tolist() == [0, 1, 3, 0]
+
+
+def test_edges_are_drawn_by_weight_from_the_first_graph():
+    one = from_edges(torch.tensor([1, 1, 3]), torch.tensor([2, 3, 1]), torch.tensor([1.0, 3.0, 4.0]), 5)
+    other = from_edges(torch.tensor([4]), torch.tensor([0]), torch.tensor([100.0]), 5)
+    torch.manual_seed(0)
+    row, column = drawn_edges(stacked([one, other]), 5, 20_000)
+    found = torch.bincount(row * 5 + column, minlength=25).double() / 20_000
+    expected = torch.zeros(25, dtype=torch.float64)
+    expected[[7, 8, 16]] = torch.tensor([0.125, 0.375, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, atol=0.015, rtol=0)
+    assert found[expected == 0].sum() == 0
 
 
 def test_stacked_graphs_are_read_by_shifted_rows():

@@ -1,6 +1,7 @@
 """The event store: order, bounds, retries, threads, damage, and kill -9 with a real process."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from shortlist.errors import DataError
+from shortlist.store.catalogue import CatalogueStore
 from shortlist.store.events import Event, EventStore, StoreUnavailable
 
 NOON = 1_700_000_000.0
@@ -149,6 +151,49 @@ def test_what_is_no_store_is_refused_by_name(tmp_path):
         EventStore(tmp_path / "nowhere" / "events.db")
 
 
+def test_what_is_too_short_to_be_a_store_is_left_as_it_is(tmp_path):
+    (tmp_path / "events.db").write_text("milk, bread")
+    with pytest.raises(DataError, match=r"events\.db can not be used as an event store: file is not a database"):
+        EventStore(tmp_path / "events.db")
+    assert (tmp_path / "events.db").read_text() == "milk, bread"
+    assert [path.name for path in tmp_path.iterdir()] == ["events.db"]
+
+
+def test_a_process_that_reads_the_file_and_leaves_takes_no_event_along(store):
+    """As a backup does, or `shortlist update`: the last one to close a file removes its log, so nobody may be taken for the last one."""
+    code = "import sqlite3, sys; f = sqlite3.connect(sys.argv[1]); print(*f.execute('SELECT count(*) FROM events').fetchone()); f.close()"
+
+    def kept() -> int:
+        return int(subprocess.run([sys.executable, "-c", code, store.path], check=True, capture_output=True).stdout)
+
+    catalogue = CatalogueStore(store.path)  # as in a server: the file is opened a second time
+    for number in range(3):
+        store.append([Event(user="u", item=f"i{number}", timestamp=NOON)])
+        assert kept() == number + 1
+    catalogue.close()
+    assert len(store) == 3
+
+
+def test_a_file_that_goes_away_takes_no_event_and_is_used_again_when_it_is_back(store):
+    event = Event(user="u", item="a", timestamp=NOON)
+    store.append([event])
+    away = store.path.with_name("away.db")
+    store.path.rename(away)
+    for work in (lambda: store.append([event]), lambda: store.history(["u"]), lambda: store.forget("u")):
+        with pytest.raises(
+            StoreUnavailable, match=r"events\.db can not be used: the file was removed or replaced .* put it back"
+        ):
+            work()
+    assert not store.path.exists()
+    away.rename(store.path)
+    store.append([event])
+    assert store.history(["u"]).item == ["a", "a"]
+    shutil.copy(store.path, away)
+    away.replace(store.path)  # a backup in its place: what was kept since is not in it
+    with pytest.raises(StoreUnavailable, match="start again with what is there"):
+        store.append([event])
+
+
 def test_a_lost_table_is_reported_as_unavailable(store):
     with sqlite3.connect(store.path) as other:
         other.execute("DROP TABLE events")
@@ -160,6 +205,7 @@ def test_a_lost_table_is_reported_as_unavailable(store):
 
 WRITER = """
 import sys
+from shortlist.store.catalogue import CatalogueStore
 from shortlist.store.events import Event, EventStore
 store = EventStore(sys.argv[1])
 for number in range(10**9):

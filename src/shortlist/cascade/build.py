@@ -352,6 +352,7 @@ class _Builder:
                 trainer,
                 folder=self._folder(name) / "auxiliary",
                 progress=self.progress,
+                since=None if self.first is None else self.first.since(name),
             )
         return candidate_source(
             lessons.fit,

@@ -6,13 +6,14 @@ end, n items (row 0 = no item).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from shortlist.data.jagged import Jagged, segment_mean
+from shortlist.data.jagged import Jagged
 from shortlist.models.base import Retrieved
 
 RRF_CONSTANT = 60
@@ -21,6 +22,8 @@ SPREAD, CLIP = 3.0, 2.0
 """In-request standardised scores: so many deviations make 1, and nothing goes beyond +-2."""
 ROUNDING = 1e-5
 """Standardised scores nearer than this share a place."""
+_WIDTH = 1 << 40
+"""Distance between requests in a number that sorts by request, then by rounded score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +61,14 @@ def merge(found: Sequence[Retrieved], keep: int) -> tuple[Jagged, Tensor]:
     Returns:
         Rows, best first, distinct within a request, and their scores, float32 [total].
     """
+    if len(found) == 1 and not _repeats(found[0].rows):
+        return _first(found[0].rows, keep)
     width = max(part.rows.shape[1] for part in found)
     padded = [torch.nn.functional.pad(part.rows, (0, width - part.rows.shape[1])) for part in found]
     # Columns run place by place, system by system: the column number is then the order among equals.
     rows_BC = torch.stack(padded, 2).flatten(1)
     place_C = torch.arange(width, device=rows_BC.device).repeat_interleave(len(found))
-    weight_BC = torch.where(rows_BC > 0, 1.0 / (RRF_CONSTANT + 1 + place_C), 0.0).double()
+    weight_BC = torch.where(rows_BC > 0, _rrf(place_C), 0.0).double()
     by_row_BC, order_BC = rows_BC.sort(dim=1, stable=True)
     is_first_BC = torch.ones_like(by_row_BC, dtype=torch.bool)
     is_first_BC[:, 1:] = by_row_BC[:, 1:] != by_row_BC[:, :-1]
@@ -78,11 +83,32 @@ def merge(found: Sequence[Retrieved], keep: int) -> tuple[Jagged, Tensor]:
     return Jagged.from_padded(rows_BC.gather(1, best_BC), real_BC), score_BC[real_BC].float()
 
 
+def _rrf(place: Tensor) -> Tensor:
+    """float32, what a list gives to the item at a place, from 0."""
+    return 1.0 / (RRF_CONSTANT + 1 + place)
+
+
+def _repeats(rows_BC: Tensor) -> bool:
+    """Whether any request's list holds an item twice."""
+    by_row_BC = rows_BC.sort(dim=1).values
+    return bool(((by_row_BC[:, 1:] == by_row_BC[:, :-1]) & (by_row_BC[:, 1:] > 0)).any())
+
+
+def _first(rows_BC: Tensor, keep: int) -> tuple[Jagged, Tensor]:
+    """`merge` of a single list of distinct items: its first `keep`, scored by their places."""
+    real_BC = rows_BC > 0
+    if rows_BC.shape[1] > keep:
+        real_BC &= real_BC.cumsum(1) <= keep
+    score_C = _rrf(torch.arange(rows_BC.shape[1], device=rows_BC.device))
+    return Jagged.from_padded(rows_BC, real_BC), score_C.expand_as(rows_BC)[real_BC]
+
+
 def best_first(rows: Jagged, scores: Tensor, keep: int | None = None) -> Tensor:
     """Index [kept] int64 into the candidates: the `keep` best of each request, best first; equals keep their order."""
-    request = rows.row_of_value
     order = scores.argsort(descending=True, stable=True)
-    order = order[request[order].argsort(stable=True)]
+    if rows.num_rows == 1:  # nothing to tell apart
+        return order[:keep]
+    order = order[rows.row_of_value[order].argsort(stable=True)]
     return order if keep is None else order[rows.position_of_value < keep]
 
 
@@ -97,8 +123,10 @@ def finite(rows: Jagged, scores: Tensor) -> tuple[Tensor, Tensor]:
 
     -inf ("would not recommend") becomes the lowest finite score of its request; a request with NaN, +inf or nothing but -inf is bad.
     """
-    request = rows.row_of_value
     scores = scores.float()
+    if math.isfinite(scores.sum()):  # a sum is finite only where all its terms are
+        return scores, torch.zeros(rows.num_rows, dtype=torch.bool, device=scores.device)
+    request = rows.row_of_value
     broken = torch.isnan(scores) | (scores == torch.inf)
     lowest_B = torch.full((rows.num_rows,), torch.inf, device=scores.device)
     usable = torch.where(torch.isfinite(scores), scores, torch.inf)
@@ -124,26 +152,24 @@ def standardise(rows: Jagged, scores_ST: Tensor) -> tuple[Tensor, Tensor]:
     num_systems, total = scores_ST.shape
     if not total:
         return scores_ST, scores_ST.clone()
-    request = rows.row_of_value
-    values = scores_ST.T.double()
-    centred = values - segment_mean(values, request, rows.num_rows)[request]
-    deviation = segment_mean(centred.square(), request, rows.num_rows).sqrt()[request]
-    spread = torch.where(deviation > 1e-9 * (1 + values.abs()), centred / (SPREAD * deviation).clamp(min=1e-300), 0.0)
+    request, count_B = rows.row_of_value, rows.lengths.clamp(min=1)
+    values_ST = scores_ST.double()
+    nothing_SB = values_ST.new_zeros(num_systems, rows.num_rows)
+    mean_SB = nothing_SB.index_add(1, request, values_ST) / count_B
+    centred_ST = values_ST - mean_SB.index_select(1, request)
+    deviation_SB = (nothing_SB.index_add(1, request, centred_ST.square()) / count_B).sqrt()
+    deviation_ST = deviation_SB.index_select(1, request)
+    is_spread_ST = deviation_ST > 1e-9 * (1 + values_ST.abs())
+    spread_ST = torch.where(is_spread_ST, centred_ST / (SPREAD * deviation_ST).clamp(min=1e-300), 0.0)
 
-    lists = (request + torch.arange(num_systems, device=request.device)[:, None] * rows.num_rows).flatten()
-    # Scores that are equal but for rounding, which differs with the batch, count as equal.
-    flat = (spread / ROUNDING).round().T.flatten()
-    order = flat.argsort(stable=True)
-    order = order[lists[order].argsort(stable=True)]
-    new_group = torch.ones(len(order), dtype=torch.bool, device=order.device)
-    new_group[1:] = (flat[order][1:] != flat[order][:-1]) | (lists[order][1:] != lists[order][:-1])
-    group = new_group.cumsum(0) - 1
-    starts = torch.cat([rows.offsets[:-1] + s * total for s in range(num_systems)])
-    place = torch.arange(len(order), device=order.device) - starts.repeat_interleave(rows.lengths.repeat(num_systems))
-    mean_place = segment_mean(place.double(), group, int(group[-1]) + 1)[group]
-    count = rows.lengths[request].repeat(num_systems)
-    share = torch.empty_like(mean_place).scatter_(0, order, (2 * mean_place + 1) / count - 1)
-    return spread.clamp(-CLIP, CLIP).T.float(), share.view(num_systems, total).float()
+    # One number per score that sorts by request, then by value; those that are equal but for rounding, which differs with the batch,
+    # count as equal. Values are far below the width: none lies further from the mean than sqrt(total) deviations.
+    value_ST = (spread_ST / ROUNDING).round_().long() + request * _WIDTH
+    sorted_ST = value_ST.sort(dim=1).values
+    place_ST = torch.searchsorted(sorted_ST, value_ST) + torch.searchsorted(sorted_ST, value_ST, right=True)
+    first_T, count_T = (column.index_select(0, request) for column in (rows.offsets[:-1], count_B))
+    share_ST = (place_ST - 2 * first_T) / count_T.double() - 1
+    return spread_ST.clamp(-CLIP, CLIP).float(), share_ST.float()
 
 
 def first_permitted(rows_BC: Tensor, blocked: Blocked, k: int) -> Tensor:

@@ -40,7 +40,7 @@ from shortlist.data.jagged import Jagged
 from shortlist.data.pairs import PAIR_FIELDS, pair_fields
 from shortlist.data.schema import Numeric, Space
 from shortlist.errors import ConfigError
-from shortlist.models.base import Ranker, Reranker, Retrieved, System
+from shortlist.models.base import Ranker, Remembering, Reranker, Retrieved, System
 from shortlist.store.memories import Memories
 from shortlist.store.vector_index import VectorIndex
 
@@ -132,8 +132,10 @@ class _Funnel:
     """What they were last ordered by."""
     wants_pairs: bool = False
     """Whether a later stage reads pair fields."""
-    pair: dict[str, Tensor] = field(default_factory=dict)
-    """Pair fields so far, [total] each."""
+    pair_names: tuple[str, ...] = ()
+    """Pair fields so far, P of them; of two with one name the later holds."""
+    pair_PT: Tensor | None = None
+    """float32 [P, total]: in one piece, so that candidates are cut by one operation; None = no fields."""
     raw: dict[str, Tensor] = field(default_factory=dict)
     """Scores by system, [total] each."""
     found: dict[str, Retrieved] = field(default_factory=dict)
@@ -142,7 +144,7 @@ class _Funnel:
     def cut(self, index: Tensor, scores: Tensor) -> None:
         """Keep the candidates at `index`, which runs request by request, ordered by `scores` [total before]."""
         self.rows, self.scores = take(self.rows, index), scores[index]
-        self.pair = {name: column[index] for name, column in self.pair.items()}
+        self.pair_PT = None if self.pair_PT is None else self.pair_PT.index_select(1, index)
         self.raw = {name: column[index] for name, column in self.raw.items()}
 
     def note(self, raw: Mapping[str, Tensor]) -> None:
@@ -150,17 +152,23 @@ class _Funnel:
         self.raw |= raw
         if raw and self.wants_pairs:
             value_ST, place_ST = standardise(self.rows, torch.stack(list(raw.values())))
-            for name, value, place in zip(raw, value_ST, place_ST):
-                self.pair |= {f"score_{name}": value, f"rank_{name}": place}
+            self.add_pairs([f"score_{name}" for name in raw], value_ST)
+            self.add_pairs([f"rank_{name}" for name in raw], place_ST)
+
+    def add_pairs(self, names: Sequence[str], column_PT: Tensor) -> None:
+        """More pair fields, float32 [P, total]."""
+        self.pair_names = (*self.pair_names, *names)
+        self.pair_PT = column_PT if self.pair_PT is None else torch.cat([self.pair_PT, column_PT])
 
     def fork(self) -> _Funnel:
         """The same, to go another way from here; tensors are shared, since stages make new ones."""
-        return replace(self, pair=dict(self.pair), raw=dict(self.raw))
+        return replace(self, raw=dict(self.raw))
 
     def candidates(self, space: Space) -> Batch:
         """The batch with its candidates and the pair fields that a system reads; those that no stage made are 0."""
         zeros = torch.zeros_like(self.scores)
-        return self.batch.with_candidates(self.rows, {f.name: self.pair.get(f.name, zeros) for f in space.pair_fields})
+        made = {} if self.pair_PT is None else dict(zip(self.pair_names, self.pair_PT.unbind()))
+        return self.batch.with_candidates(self.rows, {f.name: made.get(f.name, zeros) for f in space.pair_fields})
 
 
 class Cascade:
@@ -200,6 +208,8 @@ class Cascade:
         """Where systems remember the users that batches name; None = nowhere. An engine sets it."""
         for system in self.systems.values():
             system.eval()
+        # Asking a protocol takes longer than scoring a few candidates.
+        self._remembering = {name for name, system in self.systems.items() if isinstance(system, Remembering)}
 
     @property
     def max_history(self) -> int:
@@ -345,9 +355,10 @@ class Cascade:
                 watch.note_bad(name, found.bad_B)
         funnel.found = {name: found.best for name, found in searches.items()}
         if searches:
-            rows, scores = merge(list(funnel.found.values()), keep)
-            fine = funnel.blocked.permits(rows.row_of_value, rows.values)
-            funnel.rows, funnel.scores = take(rows, fine.nonzero()[:, 0]), scores[fine]
+            funnel.rows, funnel.scores = merge(list(funnel.found.values()), keep)
+            fine = funnel.blocked.permits(funnel.rows.row_of_value, funnel.rows.values)
+            if not bool(fine.all()):
+                funnel.cut(fine.nonzero()[:, 0], funnel.scores)
         else:
             funnel.rows, funnel.scores = self._most_popular(funnel.blocked, funnel.batch.size, keep)
         self._add_pairs(funnel)
@@ -385,13 +396,10 @@ class Cascade:
         scores = funnel.scores
         if raw:
             request = funnel.rows.row_of_value
-            fine_SB = ~torch.stack([bad[name] for name in raw])
-            given_ST = torch.stack(list(raw.values()))
-            if len(raw) > 1:
-                given_ST = standardise(funnel.rows, given_ST)[0]
-            weight_ST = fine_SB[:, request].float()
-            mean = (given_ST * weight_ST).sum(0) / weight_ST.sum(0).clamp(min=1)
-            scores = torch.where(fine_SB.any(0)[request], mean, scores)  # where all failed, the order before stands
+            bad_SB = torch.stack([bad[name] for name in raw])
+            [mean] = raw.values() if len(raw) == 1 else [_mean(funnel.rows, torch.stack(list(raw.values())), bad_SB)]
+            # Where all failed, the order before stands. Adding 0 makes -0 a 0.
+            scores = torch.where(bad_SB.all(0).index_select(0, request), scores, mean + 0.0)
         funnel.cut(best_first(funnel.rows, scores, keep), scores)
 
     def _rerank(self, funnel: _Funnel, name: str, keep: int, watch: Watch) -> None:
@@ -401,17 +409,20 @@ class Cascade:
         batch = funnel.candidates(system.space)
         watch.flops += score_flops(system, *self._sizes(funnel))
         page = watch.attempt(name, lambda: system.rerank(batch, funnel.scores, keep))
-        plain = best_first(funnel.rows, funnel.scores, keep)
-        rows, scores = take(funnel.rows, plain), funnel.scores[plain]
+        shown, bad_B = None, torch.ones_like(funnel.batch.user, dtype=torch.bool)
         if page is not None:
             real_BK = page.rows > 0
-            shown = Jagged.from_padded(page.rows, real_BK)
-            wrong = ~contained(shown, funnel.rows) | ~torch.isfinite(page.scores[real_BK])
-            bad_B = torch.zeros(funnel.batch.size, dtype=torch.bool, device=self.device)
-            bad_B[shown.row_of_value[wrong]] = True
+            rows, scores = shown = Jagged.from_padded(page.rows, real_BK), page.scores[real_BK]
+            wrong = ~contained(rows, funnel.rows) | ~torch.isfinite(scores)
+            bad_B = torch.zeros_like(bad_B)
+            bad_B[rows.row_of_value[wrong]] = True
             watch.note_bad(name, bad_B, "items that are no candidates, or scores that are no numbers")
-            rows, scores = _choose(bad_B, (rows, scores), (shown, page.scores[real_BK]))
-        funnel.rows, funnel.scores, funnel.pair, funnel.raw = rows, scores, {}, {}
+        if shown is None or bool(bad_B.any()):
+            plain = best_first(funnel.rows, funnel.scores, keep)
+            before = take(funnel.rows, plain), funnel.scores[plain]
+            shown = before if shown is None else _choose(bad_B, before, shown)
+        (funnel.rows, funnel.scores), funnel.raw = shown, {}
+        funnel.pair_names, funnel.pair_PT = (), None
 
     def _scores(
         self, funnel: _Funnel, names: Sequence[str], watch: Watch
@@ -447,11 +458,12 @@ class Cascade:
         return _Funnel(batch, blocked, nothing, torch.zeros(0, device=self.device))
 
     def _recall(self, name: str, watch: Watch) -> Recall | None:
-        return None if self.memories is None else Recall(name, self.memories, watch)
+        return Recall(name, self.memories, watch) if self.memories is not None and name in self._remembering else None
 
     def _add_pairs(self, funnel: _Funnel) -> None:
         if funnel.wants_pairs:
-            funnel.pair |= pair_fields(funnel.batch, funnel.rows, has_clock=self.space.has_clock)
+            columns = pair_fields(funnel.batch, funnel.rows, has_clock=self.space.has_clock)
+            funnel.add_pairs(tuple(columns), torch.stack(list(columns.values())))
 
     def _chain(self, chain: str | Chain | None) -> Chain:
         if chain is None:
@@ -497,10 +509,13 @@ class Cascade:
         self, funnel: _Funnel, traces: Sequence[StageTrace], k: int, *, may_search: bool
     ) -> tuple[Tensor, Tensor]:
         """The first k items of every request; gaps are filled from the stages before, then by popularity."""
-        index = (funnel.rows.position_of_value < k).nonzero()[:, 0]
-        kept = take(funnel.rows, index)
-        rows_Bk, _ = kept.padded(k)
-        scores_Bk, _ = kept.with_values(funnel.scores[index]).padded(k, fill=-torch.inf)
+        place_k = torch.arange(k, device=self.device)
+        real_Bk = place_k < funnel.rows.lengths[:, None]
+        index = (funnel.rows.offsets[:-1, None] + place_k)[real_Bk]
+        rows_Bk = torch.zeros(real_Bk.shape, dtype=torch.int64, device=self.device)
+        rows_Bk[real_Bk] = funnel.rows.values.index_select(0, index)
+        scores_Bk = torch.full(real_Bk.shape, -torch.inf, device=self.device)
+        scores_Bk[real_Bk] = funnel.scores.index_select(0, index)
         short = (rows_Bk == 0).any(1).nonzero()[:, 0]
         if len(short):
             columns = [rows_Bk[short], *(trace.rows.select(short).padded()[0] for trace in reversed(traces))]
@@ -511,6 +526,13 @@ class Cascade:
             blocked = replace(funnel.blocked, excluded=None if excluded is None else excluded.select(short))
             rows_Bk[short] = first_permitted(torch.cat(columns, 1), blocked, k)
         return rows_Bk, scores_Bk
+
+
+def _mean(rows: Jagged, given_ST: Tensor, bad_SB: Tensor) -> Tensor:
+    """[total] mean of several systems' scores, standardised, without those of requests for which a system gave none."""
+    value_ST, _ = standardise(rows, given_ST)
+    weight_ST = (~bad_SB).float().index_select(1, rows.row_of_value)
+    return (value_ST * weight_ST).sum(0) / weight_ST.sum(0).clamp(min=1)
 
 
 def _by_item(rows: Jagged) -> Tensor:

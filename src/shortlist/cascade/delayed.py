@@ -6,8 +6,12 @@ conversion that came late) as copies behind the others, which teach the other ta
 
 This is a training at one moment, not a stream: clicks near the window's end have not sent all that they will. For rules with ES-DFM's
 auxiliary network copies stand in for what may still come, weighed by its chance for a click of that age; the network learns from clicks
-whose attribution window has closed. fsiw knows the age of a click by itself. vanilla and fnw have no such network: what has not come by the
-end of the window is lost to them.
+whose attribution window has closed. fsiw knows the age of a click by itself. vanilla and fnw (and defuse on fnw's samples) have no such
+network: what has not come by the end of the window is lost to them.
+
+A ranker that goes on from the weights it has, in an update, follows the stream from where it stopped: it learns the samples emitted
+*since*, late positives of earlier clicks among them, each once. What was sent before is not sent again, and nothing stands in: what comes
+later is the next update's. Labels of the other tasks are final and learned as ever.
 
 R requests, total = all candidates end to end, S samples, t candidates of a batch.
 """
@@ -29,7 +33,7 @@ from shortlist.data.batches import Batch, Candidates
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Int, View
 from shortlist.data.jagged import Jagged
-from shortlist.errors import ConfigError
+from shortlist.errors import ConfigError, DataError
 from shortlist.models.base import Ranker
 from shortlist.training.config import TrainerConfig
 from shortlist.training.feedback.base import LATE, SETTLED_NEGATIVE, Delayed, FeedbackRule, make_feedback
@@ -62,8 +66,14 @@ class DelayedLessons:
     """Seconds: the last moment of the fit window."""
 
 
-def delayed_lessons(lessons: Lessons, dataset: Dataset, learning: Learning, rule: FeedbackRule) -> DelayedLessons:
-    """Lessons that hold `DELAY`, as the rule learns them."""
+def delayed_lessons(
+    lessons: Lessons, dataset: Dataset, learning: Learning, rule: FeedbackRule, since: int | None = None
+) -> DelayedLessons:
+    """Lessons that hold `DELAY`, as the rule learns them.
+
+    Args:
+        since: seconds: what was emitted up to then was learned before; None = nothing was.
+    """
     windows = Windows(
         observation_s=round(learning.feedback.observation_hours * HOUR_S),
         attribution_s=round(learning.task_hours * HOUR_S) + 1,  # an action exactly so late counts, as without a rule
@@ -72,12 +82,13 @@ def delayed_lessons(lessons: Lessons, dataset: Dataset, learning: Learning, rule
     owner = lessons.rows.row_of_value.numpy()
     asked: Int = np.flatnonzero(~lessons.labels[learning.late_task].isnan().numpy())
     clicks = _clicks(lessons, dataset, owner, asked)
-    if rule.as_known:
+    if rule.as_known and since is None:
         known = as_known(clicks.clicked_at, clicks.converted_at, windows, now)
     else:
-        known = emit(clicks.clicked_at, clicks.converted_at, windows, rule.stream).between(EVER, now + 1)
+        whole = emit(clicks.clicked_at, clicks.converted_at, windows, rule.stream)
+        known = whole.between(EVER if since is None else since + 1, now + 1)
     emitted = known
-    if isinstance(rule.auxiliary, LateConversions):
+    if isinstance(rule.auxiliary, LateConversions) and since is None:
         emitted = known + stand_ins(known, clicks.clicked_at, windows, rule.stream, now)
     expanded, sample = _expanded(lessons, learning.late_task, owner, asked[emitted.click], emitted.label)
     return DelayedLessons(
@@ -197,6 +208,7 @@ def delayed_source(
     *,
     folder: Path,
     progress: bool,
+    since: int | None = None,
 ) -> DelayedSource:
     """What a ranker trains on; its auxiliary network, one of its own kind, is trained here where the rule has one.
 
@@ -204,12 +216,18 @@ def delayed_source(
         lessons: of the fit window, with `DELAY`.
         system: the ranker; not changed.
         folder: of the auxiliary network's training state.
+        since: seconds: what was emitted up to then the ranker has learned; None = it begins anew.
 
-    Raises ConfigError where no candidate is old enough, or the ranker can not learn so.
+    Raises ConfigError where no candidate is old enough, or the ranker can not learn so; DataError where nothing was emitted since.
     """
     rule = make_feedback(learning.feedback)
     assert rule is not None
-    made = delayed_lessons(lessons, dataset, learning, rule)
+    made = delayed_lessons(lessons, dataset, learning, rule, since)
+    if not len(made.emitted) and since is not None:
+        raise DataError(
+            f"too few new events for task {learning.late_task!r}: since the run was trained no click has come to the end of its "
+            "observation window and no outcome has come; wait for more"
+        )
     if not len(made.emitted):
         raise ConfigError(
             f"learning.feedback: no candidate of the fit window is older than observation_hours = "

@@ -182,9 +182,11 @@ class RequestLog:
 
         Keys: request_id, at_ms, user, chain, snapshot_version, propensity, degraded, k, page, removed, reports, reason, moment,
         num_history, asked, and of each of the stages its name, items and scores. Records of earlier versions lack reason to asked.
+
+        Raises StoreUnavailable where the file can not be read.
         """
         self.flush()
-        with self._engine.connect() as connection:
+        with available(self.path), self._engine.connect() as connection:
             row = connection.execute(select(REQUESTS).where(REQUESTS.c.request_id == request_id)).first()
         return None if row is None else _plain(row)
 

@@ -3,6 +3,7 @@
     events since ──> dataset extended ──> systems, most from the weights they have ──> newest events: old against new ──> publish
 
 Counts are made again on everything before the newest events; what can not go on from its weights is trained anew, and that is said.
+A task whose outcomes come late goes on as a stream: of it only what was emitted since is learned (cascade/delayed.py).
 The old snapshot stays where it is until the new one is complete: a stop at any moment leaves it, and the next update goes on.
 """
 
@@ -29,6 +30,7 @@ from shortlist.cascade.config import RunConfig
 from shortlist.cascade.lessons import chunks, make_batch, sample
 from shortlist.cascade.run import Run, load_run, make_system, save_run
 from shortlist.cascade.schedule import UpdateConfig
+from shortlist.cascade.tasks import HOUR_S
 from shortlist.cascade.warm import FirstWeights
 from shortlist.data.dataset import Dataset
 from shortlist.data.extending import Extended, NewEvents, extended, unseen
@@ -158,7 +160,7 @@ def _updated(
     if num_new < config.min_events:
         shutil.rmtree(state, ignore_errors=True)
         return Updated(outcome="too few", version=run.version, num_new=num_new)
-    grown = _extended(run.dataset, new, config, catalogue)
+    grown = _extended(run, new, config, catalogue)
     tell(f"{grown.num_new:,} new events since {run.version}; {grown.num_repeated:,} were known already")
     made, cold = _trained(run, grown, config, state, progress)
     judged = _judged(run, made, grown, config)
@@ -231,14 +233,29 @@ def _read(events: EventStore, after: int, upto: int) -> NewEvents:
     )
 
 
-def _extended(dataset: Dataset, new: NewEvents, config: UpdateConfig, catalogue: CatalogueStore | None) -> Extended:
+def _extended(run: Run, new: NewEvents, config: UpdateConfig, catalogue: CatalogueStore | None) -> Extended:
     """The dataset with new events, without those of users who asked to be forgotten, and with what is known of new items."""
-    changes = None if catalogue is None else catalogue.changes()
-    without = None if changes is None else _forgotten(dataset, set(changes.gone))
-    grown = extended(dataset, new, valid_share=config.valid_share, test_share=config.test_share, without=without)
+    dataset, changes = run.dataset, None if catalogue is None else catalogue.changes()
+    grown = extended(
+        dataset,
+        new,
+        valid_share=config.valid_share,
+        test_share=config.test_share,
+        without=None if changes is None else _forgotten(dataset, set(changes.gone)),
+        fit_from=_stream_begins(run),
+    )
     if changes is None or not grown.num_new_items:
         return grown
     return replace(grown, dataset=_with_fields(grown.dataset, dataset.num_items, changes.items))
+
+
+def _stream_begins(run: Run) -> int | None:
+    """Seconds: the oldest click that may still send something after the run was trained; None where no outcome comes late.
+
+    Not before the run's own fit window: what lies there its retrievers have learned.
+    """
+    learning, now = run.config.learning, run.dataset.plan.now
+    return max(now["fit"], now["valid"] - 1 - round(learning.task_hours * HOUR_S)) if learning.late_task else None
 
 
 def _forgotten(dataset: Dataset, gone: set[bytes]) -> Int | None:
@@ -277,7 +294,12 @@ def _trained(
     run: Run, grown: Extended, config: UpdateConfig, state: Path, progress: bool
 ) -> tuple[Run, dict[str, str]]:
     """The new run, and which of its systems began anew and why."""
-    first = FirstWeights(version=run.version, systems=run.cascade.systems, user_before=grown.user_before)
+    first = FirstWeights(
+        version=run.version,
+        systems=run.cascade.systems,
+        user_before=grown.user_before,
+        learned_until=run.dataset.plan.now["valid"] - 1,
+    )
     space = grown.dataset.view("fit").space
     shorter, cold = [], {}
     for name in run.config.systems:

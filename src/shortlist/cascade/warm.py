@@ -26,6 +26,8 @@ class FirstWeights:
     """The earlier run's, by name."""
     user_before: Int
     """[U + 1] row that each user had there; 0 = none."""
+    learned_until: int | None = None
+    """Seconds: the last moment that its rankers were trained on; None = not known."""
     cold: dict[str, str] = field(default_factory=dict)
     """Why a system begins anew, by name."""
 
@@ -42,6 +44,10 @@ class FirstWeights:
                     self._copy(before[key].to(tensor), tensor, self.systems[name], system)
         system.train(system.training)  # drops item vectors kept from the weights before
         return self.version
+
+    def since(self, name: str) -> int | None:
+        """Seconds: what came later is new to a system; None for one that begins anew."""
+        return None if name in self.cold else self.learned_until
 
     def obstacle(self, name: str, system: System) -> str | None:
         """Why a system can not go on from the earlier weights; None where it can."""

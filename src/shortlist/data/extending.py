@@ -81,6 +81,7 @@ def extended(
     test_share: float,
     items: pl.DataFrame | None = None,
     without: Int | None = None,
+    fit_from: int | None = None,
 ) -> Extended:
     """The dataset with new events; the newest of them are its validation and test windows, the fit window is as large as it was.
 
@@ -88,6 +89,7 @@ def extended(
         valid_share, test_share: of the new events.
         items: what is known of new items: `item_id` and item columns; None = nothing.
         without: rows of users whose old events are left out, such as those who asked for it.
+        fit_from: seconds: the fit window begins there at the latest, however large it becomes; None = as large as it was.
 
     Raises:
         ConfigError: a dataset without a clock or cut in another way than by time, or one that learns from logged impressions.
@@ -110,7 +112,7 @@ def extended(
     plan = _plan(
         merged.histories,
         _targets(dataset, merged),
-        _cuts(dataset, old, new.time_ms[fresh] // _MS, valid_share, test_share),
+        _cuts(dataset, old, new.time_ms[fresh] // _MS, valid_share, test_share, fit_from),
     )
     order = known_users_first(merged.histories, plan)
     moved, plan = merged.reordered(order), reordered_plan(plan, merged, order)
@@ -235,7 +237,9 @@ def _targets(dataset: Dataset, events: EncodedEvents) -> NDArray[np.bool_]:
 # -- windows ----------------------------------------------------------------------------------------------------------
 
 
-def _cuts(dataset: Dataset, old: Histories, new_time: Int, valid_share: float, test_share: float) -> Int:
+def _cuts(
+    dataset: Dataset, old: Histories, new_time: Int, valid_share: float, test_share: float, fit_from: int | None
+) -> Int:
     """[3] seconds at which fit, validation and test begin."""
     ordered = np.sort(np.concatenate([old.time, new_time]))
     newest = np.sort(new_time)
@@ -246,6 +250,8 @@ def _cuts(dataset: Dataset, old: Histories, new_time: Int, valid_share: float, t
     ]
     num_fit = int(dataset.config.fit_share * len(ordered))
     fit = ordered[max(int(np.searchsorted(ordered, valid)) - num_fit, 0)]
+    if fit_from is not None:
+        fit = min(fit, fit_from)
     return np.array([fit, valid, test], dtype=np.int64)
 
 

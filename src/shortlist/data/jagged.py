@@ -8,7 +8,7 @@ B rows, L longest row, total = sum of lengths.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,10 +16,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Jagged:
-    """`values [total, ...]` of any dtype and `offsets [B + 1]` int64, offsets[0] = 0, offsets[B] = total."""
+    """`values [total, ...]` of any dtype and `offsets [B + 1]` int64, offsets[0] = 0, offsets[B] = total.
+
+    `lengths`, `row_of_value` and `position_of_value` are worked out when first asked for and kept, since a request asks for them dozens
+    of times; like the offsets that they follow from, they are not to be changed in place.
+    """
 
     values: Tensor
     offsets: Tensor
+    _lengths: Tensor | None = field(init=False, default=None, repr=False, compare=False)
+    _row_of_value: Tensor | None = field(init=False, default=None, repr=False, compare=False)
+    _position_of_value: Tensor | None = field(init=False, default=None, repr=False, compare=False)
 
     @classmethod
     def from_lengths(cls, values: Tensor, lengths_B: Tensor) -> Jagged:
@@ -42,27 +49,44 @@ class Jagged:
     @property
     def num_rows(self) -> int:
         """B."""
-        return len(self.offsets) - 1
+        return self.offsets.shape[0] - 1
 
     @property
     def lengths(self) -> Tensor:
         """[B] int64."""
-        return self.offsets.diff()
+        kept = self._lengths
+        return self._keep("_lengths", self.offsets.diff()) if kept is None else kept
 
     @property
     def row_of_value(self) -> Tensor:
         """[total] int64: which row each value belongs to."""
-        return torch.repeat_interleave(torch.arange(self.num_rows, device=self.offsets.device), self.lengths)
+        kept = self._row_of_value
+        if kept is None:
+            total = self.values.shape[0]
+            kept = self._keep("_row_of_value", torch.repeat_interleave(self.lengths, output_size=total))
+        return kept
 
     @property
     def position_of_value(self) -> Tensor:
         """[total] int64: 0 for the first value of each row, 1 for the next, ..."""
-        total = len(self.values)
-        return torch.arange(total, device=self.offsets.device) - self.offsets[:-1].repeat_interleave(self.lengths)
+        kept = self._position_of_value
+        if kept is None:
+            place = torch.arange(self.values.shape[0], device=self.offsets.device)
+            kept = self._keep("_position_of_value", place - self.offsets.index_select(0, self.row_of_value))
+        return kept
+
+    def _keep(self, name: str, known: Tensor) -> Tensor:
+        # Two threads may both work it out, to the same end. A tensor made in inference mode is of no use to a later backward pass.
+        if not known.is_inference():
+            object.__setattr__(self, name, known)
+        return known
 
     def with_values(self, values: Tensor) -> Jagged:
         """Same rows, other values [total, ...]."""
-        return Jagged(values, self.offsets)
+        made = Jagged(values, self.offsets)
+        for name in _OF_OFFSETS:
+            object.__setattr__(made, name, getattr(self, name))
+        return made
 
     def padded(self, length: int | None = None, fill: float = 0) -> tuple[Tensor, Tensor]:
         """Left-aligned dense form: padded [B, L, ...] and mask [B, L] bool, True where a value is real.
@@ -140,6 +164,9 @@ class Jagged:
         from torchrec import JaggedTensor
 
         return JaggedTensor(values=self.values, offsets=self.offsets)
+
+
+_OF_OFFSETS = ("_lengths", "_row_of_value", "_position_of_value")
 
 
 def segment_sum(values: Tensor, row_of_value: Tensor, num_rows: int) -> Tensor:

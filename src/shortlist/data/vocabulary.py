@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from shortlist.data.histories import Int
 from shortlist.errors import DataError, SnapshotError
 
 Id = str | int
+_HANDFUL = 32
+"""Up to so many ids are found one by one before a column is made of them, which takes longer than looking for them."""
 _FEW = 20_000
 """Up to so many ids a binary search is quicker than a hash join, which first reads the whole vocabulary."""
 
@@ -61,6 +64,8 @@ class Vocabulary:
 
     def encode(self, ids: pl.Series | Sequence[Id | None]) -> Int:
         """int64 [n] rows, 0 where an id is unknown or missing. Text "7" finds the number 7 and the other way round; "07" does not."""
+        if not isinstance(ids, pl.Series) and len(ids) <= _HANDFUL:
+            return np.array([self._row(value) for value in ids], dtype=np.int64)
         wanted = self._own_type(ids)
         if not len(self) or not len(wanted):
             return np.zeros(len(wanted), dtype=np.int64)
@@ -95,6 +100,23 @@ class Vocabulary:
             raise SnapshotError(
                 f"{path} is missing or damaged ({error}); restore the snapshot or train again"
             ) from error
+
+    def _row(self, value: Id | None) -> int:
+        """Row of one id, as `encode`."""
+        if value is None:
+            return 0
+        wanted: Id = str(value)
+        if self.ids.dtype != pl.String:
+            try:
+                number = int(wanted)
+            except ValueError:
+                return 0
+            if str(number) != wanted:
+                return 0
+            wanted = number
+        # Polars sorts text by its UTF-8 bytes, which is Python's order too.
+        place = bisect_left(self._sorted, wanted)
+        return int(self._row_of_sorted[place]) if place < len(self) and self._sorted[place] == wanted else 0
 
     def _own_type(self, ids: pl.Series | Sequence[Id | None]) -> pl.Series:
         """Ids as the type of this vocabulary; null where that is not possible."""

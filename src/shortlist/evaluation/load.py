@@ -3,6 +3,8 @@
     replies = open_loop(port, arrivals_s, paths)             sent at their times whatever the server does
     replies = closed_loop(port, paths, concurrency=16)       as fast as the server answers
 
+A path is asked for with GET; a `Post` brings a body.
+
 Latency of an open loop counts from the moment a request was due, so a generator or a server that falls behind hides nothing. One process
 and one thread, connections kept open; it speaks just the HTTP that it needs, so that the generator is not what is measured.
 """
@@ -22,6 +24,21 @@ from shortlist.errors import DataError
 
 FAILED = 0
 """Status of a request that got no answer: refused connection, broken reply, or none in time."""
+FRESH_S = 2.0
+"""Seconds after which an idle connection is not used again: servers close theirs after a few, and that is no failure of a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """A request that brings a body."""
+
+    path: str
+    body: bytes
+    """JSON."""
+
+
+Ask = str | Post
+"""A path, asked for with GET, or a request with a body."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +65,13 @@ class Replies:
 def open_loop(
     port: int,
     arrivals_s: NDArray[np.float64],
-    paths: Sequence[str],
+    paths: Sequence[Ask],
     *,
     host: str = "127.0.0.1",
     max_connections: int = 256,
     timeout_s: float = 5.0,
 ) -> Replies:
-    """Send request n (GET paths[n]) at second arrivals_s[n], whatever became of those before.
+    """Send request n, paths[n], at second arrivals_s[n], whatever became of those before.
 
     Args:
         arrivals_s: rising, seconds since the start.
@@ -70,9 +87,9 @@ def open_loop(
 
 
 def closed_loop(
-    port: int, paths: Sequence[str], *, concurrency: int, host: str = "127.0.0.1", timeout_s: float = 30.0
+    port: int, paths: Sequence[Ask], *, concurrency: int, host: str = "127.0.0.1", timeout_s: float = 30.0
 ) -> Replies:
-    """Send all requests (GET), `concurrency` at a time, each as soon as another one is done."""
+    """Send all requests, `concurrency` at a time, each as soon as another one is done."""
     loop = _Load(host, port, paths, np.zeros(len(paths)), concurrency, timeout_s)
     return asyncio.run(loop.run_closed(concurrency))
 
@@ -84,18 +101,19 @@ class _Load:
         self,
         host: str,
         port: int,
-        paths: Sequence[str],
+        paths: Sequence[Ask],
         due_s: NDArray[np.float64],
         max_connections: int,
         timeout_s: float,
     ) -> None:
         self.host, self.port, self.timeout_s = host, port, timeout_s
-        self.heads = [f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode() for path in paths]
+        self.requests = [_request(host, ask) for ask in paths]
         self.due_s = due_s.astype(np.float64)
         self.sent_s, self.latency_ms = np.zeros(len(paths)), np.zeros(len(paths))
         self.status = np.zeros(len(paths), dtype=np.int64)
         self.bodies: list[bytes | None] = [None] * len(paths)
-        self.free: deque[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = deque()
+        self.free: deque[tuple[asyncio.StreamReader, asyncio.StreamWriter, float]] = deque()
+        """Idle connections and since when, on the clock of `time.perf_counter`; the freshest is last."""
         self.most = max_connections
 
     async def run_open(self) -> Replies:
@@ -115,7 +133,7 @@ class _Load:
         """So many clients, each with one request at a time."""
         self.slots = asyncio.Semaphore(self.most)
         self.began = time.perf_counter()
-        numbers = iter(range(len(self.heads)))
+        numbers = iter(range(len(self.requests)))
 
         async def client() -> None:
             for number in numbers:
@@ -130,16 +148,16 @@ class _Load:
         try:
             async with asyncio.timeout(max(due + self.timeout_s - time.perf_counter(), 0.001)), self.slots:
                 self.sent_s[number] = time.perf_counter() - self.began
-                self.status[number], self.bodies[number] = await self._exchange(self.heads[number])
+                self.status[number], self.bodies[number] = await self._exchange(self.requests[number])
         except (OSError, TimeoutError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             self.status[number] = FAILED
         self.latency_ms[number] = (time.perf_counter() - due) * 1e3
 
-    async def _exchange(self, head: bytes) -> tuple[int, bytes]:
+    async def _exchange(self, request: bytes) -> tuple[int, bytes]:
         """One request on a free connection; one that broke or was given up is not used again."""
-        reader, writer = self.free.pop() if self.free else await asyncio.open_connection(self.host, self.port)
+        reader, writer = self._kept() or await asyncio.open_connection(self.host, self.port)
         try:
-            writer.write(head)
+            writer.write(request)
             lines = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
             fields = dict(line.lower().split(b":", 1) for line in lines[1:] if b":" in line)
             body = await reader.readexactly(int(fields[b"content-length"]))
@@ -149,12 +167,27 @@ class _Load:
         if fields.get(b"connection", b"").strip() == b"close":
             writer.close()
         else:
-            self.free.append((reader, writer))
+            self.free.append((reader, writer, time.perf_counter()))
         return int(lines[0].split()[1]), body
 
+    def _kept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """The freshest idle connection; those that lay too long are closed."""
+        too_old = time.perf_counter() - FRESH_S
+        while self.free and self.free[0][2] < too_old:
+            self.free.popleft()[1].close()
+        return self.free.pop()[:2] if self.free else None
+
     def _replies(self) -> Replies:
-        for _, writer in self.free:
+        for _, writer, _ in self.free:
             writer.close()
         return Replies(
             due_s=self.due_s, sent_s=self.sent_s, latency_ms=self.latency_ms, status=self.status, bodies=self.bodies
         )
+
+
+def _request(host: str, ask: Ask) -> bytes:
+    """As it goes over the wire."""
+    if isinstance(ask, str):
+        return f"GET {ask} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+    head = f"POST {ask.path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(ask.body)}\r\n\r\n".encode() + ask.body

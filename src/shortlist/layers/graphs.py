@@ -181,6 +181,18 @@ def neighbours(graph: SparseRows, rows: Tensor, most: int | None = None) -> Neig
     return Neighbours(place_e, graph.columns.index_select(0, index).long(), weight_e)
 
 
+def drawn_edges(graph: SparseRows, num_rows: int, count: int) -> tuple[Tensor, Tensor]:
+    """Edges of the graph's first `num_rows` nodes, drawn with chances by weight from torch's random numbers, repeats allowed.
+
+    Returns int64 [count] nodes, and [count] their neighbours; the weights must not all be 0.
+    """
+    sums_e = graph.weights[: int(graph.offsets[num_rows])].double().cumsum(0)
+    lot = torch.rand(count, dtype=torch.float64, device=sums_e.device) * sums_e[-1]
+    index = torch.searchsorted(sums_e, lot, right=True).clamp(max=len(sums_e) - 1)
+    row = torch.searchsorted(graph.offsets, index, right=True) - 1
+    return row, graph.columns.index_select(0, index).long()
+
+
 class Hop(NamedTuple):
     """One step of n nodes to their neighbours, both as places among the m distinct nodes that the step reads."""
 

@@ -190,6 +190,7 @@ class CatalogueStore:
         if self._database.path is None:
             self._write(lambda connection: connection.execute(wanted))
             return False
+        self._database.require()
         with self._writing, available(self._database.path):
             return erase(self._database.engine, self._database.path, [wanted])[1]
 

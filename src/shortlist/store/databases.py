@@ -30,7 +30,8 @@ TRIES = 2
 PREPARE_S = 5.0
 LOCK_SPACE = 0x53484F52
 """First number of our advisory locks on PostgreSQL, so that they meet no other program's."""
-_SQLITE_HEAD = b"SQLite format 3\0"
+_SMALLEST = 512
+"""Bytes of the smallest SQLite file that holds anything."""
 PATIENCE_S = 3.0
 _REACH = {"connect_timeout": 2, "keepalives_idle": 10, "tcp_user_timeout": 3_000, "application_name": "shortlist"}
 """Seconds, and milliseconds, after which a server that says nothing counts as gone."""
@@ -57,6 +58,8 @@ class Database:
     def __init__(self, where: Path | str, *, sync: Sync, what: str, patience_s: float = PATIENCE_S) -> None:
         place = place_of(where, what)
         self.what = what
+        self._file: tuple[int, int] | None = None
+        """Device and number of the SQLite file that was prepared."""
         self.path = place if isinstance(place, Path) else None
         """The SQLite file; None on PostgreSQL."""
         if isinstance(place, Path):
@@ -77,11 +80,13 @@ class Database:
         return self.path is None
 
     def prepare(self, table: Table) -> None:
-        """Make the table where it is missing; DataError where that can not be, or another one has its name."""
+        """Make the table where it is missing; DataError where that can not be, or another one has its name, and as `require`."""
+        self.require()
         deadline = time.monotonic() + PREPARE_S
         while True:
             try:
                 self._make(table)
+                self._file = self._found()
                 return
             except SQLAlchemyError as error:
                 # Two processes that make one new file at once do not wait for each other, though SQLite's connections else do.
@@ -111,11 +116,29 @@ class Database:
         """
         return self._do(work, writes=True)
 
+    def require(self) -> None:
+        """StoreUnavailable where the SQLite file is not the one that was opened: open connections would write to the old one, which nobody
+        finds again, and new ones would make an empty one in its place."""
+        if self._file is not None and self._found() != self._file:
+            raise StoreUnavailable(
+                f"{self.name} can not be used: the file was removed or replaced while it was in use; "
+                "put it back, or start again with what is there"
+            )
+
+    def _found(self) -> tuple[int, int] | None:
+        """Which file stands at the path now."""
+        try:
+            about = None if self.path is None else self.path.stat()
+        except OSError:
+            return None
+        return None if about is None else (about.st_dev, about.st_ino)
+
     def close(self) -> None:
         """Let go of all connections."""
         self.engine.dispose()
 
     def _do(self, work: Callable[[Connection], T], *, writes: bool) -> T:
+        self.require()
         resting = self._breaker.refusal() if self.is_server else None
         if resting is not None:
             raise StoreUnavailable(f"{self.name} can not be used: {resting}")
@@ -161,13 +184,13 @@ def place_of(where: Path | str, what: str) -> Path | URL:
 def sqlite_engine(path: Path, *, sync: Sync, what: str) -> Engine:
     """A SQLite file in WAL mode whose connections wait for each other up to five seconds.
 
-    DataError, which calls the file `what`, where it holds something else: SQLite itself would write over a very short one.
+    DataError, which calls the file `what`, where it is too short to be one: SQLite itself would write over it. Any other file that is none
+    SQLite refuses at the first use. The file is not opened here to look into it: when a process closes a file, it loses all locks that it
+    has on that file (POSIX), also those of its other connections; the next process to close the file would then believe to be the last
+    one and remove the log that holds acknowledged events.
     """
-    if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(len(_SQLITE_HEAD))
-        if head and head != _SQLITE_HEAD:
-            raise DataError(f"{path} can not be used as {what}: file is not a database; choose another")
+    if path.is_file() and 0 < path.stat().st_size < _SMALLEST:
+        raise DataError(f"{path} can not be used as {what}: file is not a database; choose another")
     engine = create_engine(f"sqlite:///{path}", pool_size=8, max_overflow=56)
 
     @event.listens_for(engine, "connect")

@@ -225,6 +225,7 @@ class EventStore:
         with self._writing:
             if self.path is None:
                 return self._database.write(lambda connection: connection.execute(wanted).rowcount), False
+            self._database.require()
             with available(self.path):
                 return erase(self._database.engine, self.path, [wanted])
 

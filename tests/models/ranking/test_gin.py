@@ -10,13 +10,14 @@ from interaction_support import flops_counted, flops_stated
 from ranking_support import batch_of, rich_batch, rich_space, share_right, space_of, train
 from shortlist.data.histories import Histories, View
 from shortlist.data.schema import FieldTable
-from shortlist.errors import ConfigError
+from shortlist.errors import ConfigError, DataError
 from shortlist.layers.counting import SparseRows
 from shortlist.layers.graphs import Hop, Neighbours, neighbours
 from shortlist.layers.scoring import HeadConfig
 from shortlist.models.base import load_weights
 from shortlist.models.ranking.din import DIN, DINConfig
-from shortlist.models.ranking.gin import GIN, GINConfig, IntentionLayer
+from shortlist.models.ranking.gin import GIN, EdgeVectors, GINConfig, IntentionLayer
+from shortlist.training.context import only
 
 HEAD = HeadConfig(widths=(16,), dropout=0.0, id_dropout=0.0, activation="relu")
 TINY = GINConfig(dim=8, num_layers=2, num_neighbours=3, unit_widths=(6,), max_history=3, id_dropout=0.0, head=HEAD)
@@ -255,6 +256,84 @@ def test_the_graph_tells_of_items_that_labels_do_not():
     assert max(right["self-loop"], right["random"]) < 0.65
 
 
+# -- joint and two-stage ------------------------------------------------------------------------------------------------------------------
+
+
+def learned(config: GINConfig, phase: int) -> tuple[GIN, set[str]]:
+    """The model after one step of a phase, and the parameters that it moved."""
+    model = made(config).train()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    step = model.phases()[phase]
+    with only(model, step) as parameters:
+        optimiser = torch.optim.SGD(parameters, lr=0.5)
+        sum(step.losses(rich_batch(PAST, OFFERED, target=[1.0, 0, 0, 1, 0, 1, 0, 0, 0])).values()).backward()
+        optimiser.step()
+    return model, {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_each_stage_updates_what_it_should():
+    """Joint: the ranker's loss reaches vectors, graph layers and tower. Two-stage: the graph moves vectors alone, the ranker all else."""
+    # With bce even the tower's last bias is felt, which a softmax over candidates is not.
+    two = replace(TINY, training="two-stage", num_layers=1, head=replace(HEAD, loss="bce"))
+    _, joint = learned(replace(two, training="joint"), 0)
+    model, first = learned(two, 0)
+    _, second = learned(two, 1)
+    vectors = {name for name, _ in model.named_parameters() if name.startswith(("items.", "contexts."))}
+    of_ids = {name for name in vectors if name.startswith(("items.ids", "contexts"))}
+    assert of_ids <= first <= vectors
+    assert not second & vectors
+    assert {"layers.0.mix.weight", "layers.0.project.weight"} <= second
+    assert any(name.startswith("unit.") for name in second)
+    assert any(name.startswith("head.") for name in second)
+    # Shifts all logits of a node alike, unless some lie on the other side of the leaky ReLU.
+    unsure = {"layers.0.of_self.weight"}
+    assert joint - unsure == (second | {name for name in first if not name.startswith("contexts")}) - unsure
+    assert len(GIN(TINY, rich_space()).phases()) == 1
+    assert GIN(TINY, rich_space()).contexts is None
+
+
+def test_the_loss_of_edges_by_hand():
+    """Two items with one edge: every draw is (1, 2) or (2, 1), and every negative 1 or 2."""
+    config = replace(TINY, training="two-stage", edge_vectors=EdgeVectors(num_edges=4_000, num_negatives=2))
+    model = made(config, clicks=([1, 2], [1, 2]))
+    with torch.no_grad():
+        x, y = model.items(torch.tensor([1, 2])), model.contexts(torch.tensor([1, 2]))
+        found = float(model.edge_losses(rich_batch(PAST, OFFERED))["edges"])
+    s = (x @ y.T).double()
+    plus = torch.nn.functional.softplus
+    near = (plus(-s[0, 1]) + plus(-s[1, 0])) / 2
+    far = plus(s).mean()
+    assert found == pytest.approx(float(near + 2 * far), rel=0.05)
+
+
+def test_vectors_of_the_first_stage_tell_the_groups():
+    """After the first stage, which reads no label, every item lies nearest to one of its group."""
+    space = replace(space_of(GROUPS * PER_GROUP), num_users=600)
+    config = GINConfig(
+        dim=16, num_layers=0, num_neighbours=7, training="two-stage", unit_widths=(8,), id_dropout=0.0, head=HEAD
+    )
+    torch.manual_seed(0)
+    model = GIN(config, space)
+    model.prepare(view_of(grouped_clicks(np.random.default_rng(0)), space))
+    edges = model.phases()[0]
+    with only(model.train(), edges) as parameters:
+        optimiser = torch.optim.Adam(parameters, lr=0.05)
+        for _ in range(80):
+            optimiser.zero_grad()
+            edges.losses(None)["edges"].backward()
+            optimiser.step()
+    item_ND = torch.nn.functional.normalize(model.eval().items(torch.arange(1, space.num_items + 1)).detach())
+    group_N = torch.arange(space.num_items) // PER_GROUP
+    nearest = (item_ND @ item_ND.T - 2 * torch.eye(len(item_ND))).argmax(1)
+    assert (group_N[nearest] == group_N).float().mean() > 0.95
+
+
+def test_two_stage_without_an_edge_is_refused():
+    model = made(replace(TINY, training="two-stage"), clicks=([1], [2]))
+    with pytest.raises(DataError, match="no two items were clicked next to each other"):
+        model.edge_losses(rich_batch(PAST, OFFERED))
+
+
 # -- costs and settings ------------------------------------------------------------------------------------------------------------------
 
 
@@ -272,6 +351,9 @@ def test_settings_out_of_range_are_refused_by_name():
         ({"folds": 1}, "folds must be 0"),
         ({"num_layers": -1}, "num_layers must be at least 0"),
         ({"graph": "tree"}, "graph must be one of co-click, self-loop, random"),
+        ({"training": "later"}, "joint or two-stage"),
+        ({"training": "two-stage", "graph": "self-loop"}, "has none"),
+        ({"edge_vectors": EdgeVectors(epochs=0)}, "edge_vectors must all be at least 1"),
         ({"strength": "pmi"}, "strength count or cosine"),
         ({"unit_widths": ()}, "unit_widths"),
         ({"id_dropout": 1.0}, "id_dropout"),

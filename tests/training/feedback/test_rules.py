@@ -23,13 +23,19 @@ from shortlist.training.feedback.base import (
 
 RULES = [entry.name for entry in systems(kind="feedback-rule")]
 GRID = [(p, h) for p in (0.02, 0.2, 0.6) for h in (0.0, 0.1, 0.5, 1.0)]
-UNBIASED = ["label-oracle", "fnw", "fnc", "fsiw", "es-dfm", "defer", "defuse", "defuse:current", "bi-defuse"]
+SETTINGS = {
+    "vanilla:duplicates": {"duplicates": True},
+    "defuse:current": {"posterior": "current"},
+    "defuse:fnw": {"samples": "fnw", "posterior": "current"},
+    "defuse:defer": {"samples": "defer"},
+    "defuse:defer, current": {"samples": "defer", "posterior": "current"},
+}
+UNBIASED = ["label-oracle", "fnw", "fnc", "fsiw", "es-dfm", "defer", "defuse", "bi-defuse"]
+UNBIASED += [name for name in SETTINGS if name.startswith("defuse")]
 
 
 def rule_of(name):
-    name, _, posterior = name.partition(":")
-    settings = {"posterior": posterior} if posterior else {"duplicates": True} if name == "vanilla-win" else {}
-    return make_feedback(FeedbackChoice(rule=name.removesuffix("-win"), settings=settings))
+    return make_feedback(FeedbackChoice(rule=name.partition(":")[0], settings=SETTINGS.get(name, {})))
 
 
 def masses(stream, p, h):
@@ -87,12 +93,12 @@ def test_ends_at_the_chance_of_a_conversion(name, p, h):
 @pytest.mark.parametrize(("p", "h"), GRID)
 def test_vanilla_ends_too_low(p, h):
     assert balance(rule_of("vanilla"), p, h) == pytest.approx(p * (1 - h), rel=1e-6, abs=1e-9)
-    assert balance(rule_of("vanilla-win"), p, h) == pytest.approx(p / (1 + p * h), rel=1e-6)
+    assert balance(rule_of("vanilla:duplicates"), p, h) == pytest.approx(p / (1 + p * h), rel=1e-6)
 
 
 def test_the_digest_s_figures():
     assert balance(rule_of("vanilla"), 0.2, 0.5) == pytest.approx(0.100, abs=5e-4)
-    assert balance(rule_of("vanilla-win"), 0.2, 0.5) == pytest.approx(0.182, abs=5e-4)
+    assert balance(rule_of("vanilla:duplicates"), 0.2, 0.5) == pytest.approx(0.182, abs=5e-4)
 
 
 # --- weights in closed form ---
@@ -121,6 +127,8 @@ def test_totals_of_defuse_and_es_dfm(p, h):
         ("es-dfm", lambda f, p, dp: (1 + dp) * (f - p)),
         ("defuse", lambda f, p, dp: (1 + dp) * (f - p)),
         ("defer", lambda f, p, dp: 2 * f * (1 - f) * (f - p) / ((f - dp / 2) * (1 - f + dp / 2))),
+        ("defuse:fnw", lambda f, p, dp: (1 - f) * (f - p)),
+        ("defuse:defer", lambda f, p, dp: 2 * (f - p)),
     ],
 )
 def test_expected_gradients_in_closed_form(name, closed):
@@ -147,6 +155,14 @@ def test_weights_by_kind():
     z = 0.1 / 0.9
     np.testing.assert_allclose(up, [1.1, 1.0, z * 0.1])
     np.testing.assert_allclose(down, [0, 0, (1 - z) * 1.1])
+    kinds += [SETTLED_POSITIVE, SETTLED_NEGATIVE]
+    up, down = rule_of("defuse:defer").targets(torch.full((5,), 0.9).double(), seen_of(kinds, p, h))
+    np.testing.assert_allclose(up, [1, 1, z, 1, 0])
+    np.testing.assert_allclose(down, [0, 0, 1 - z, 0, 1])
+    up, down = rule_of("defuse:fnw").targets(torch.full((2,), 0.3).double(), seen_of([LATE, NEGATIVE], p, h))
+    np.testing.assert_allclose(up, [1, 0.3 * 0.3])
+    np.testing.assert_allclose(down, [0, 0.7 * 1.3])
+    kinds = kinds[:3]
     up, down = rule_of("es-dfm").targets(torch.zeros(3).double(), seen_of(kinds, p, h))
     np.testing.assert_allclose(up, [1.1, 1.1, 0])
     np.testing.assert_allclose(down, [0, 0, 1.1 * 0.8 / 0.9])
@@ -279,6 +295,16 @@ def test_per_kind_weights_matter():
     assert balance(rule, 0.05, 0.3) == pytest.approx(0.095, abs=1e-3)
 
 
+def test_masses_of_the_samples_matter():
+    """The released code weighs DEFER's samples as ES-DFM's; counted by hand, on-time clicks then weigh 2 (1 + dp) and others 1 + dp."""
+    p, dp = 0.2, 0.1
+    rule = rule_of("defuse:defer")
+    rule.targets = rule_of("defuse").targets
+    up, down = 2 * (p - dp) * (1 + dp) + dp + dp * dp, 2 * (1 - p) * (1 + dp)
+    assert up / (up + down) == pytest.approx(0.158, abs=1e-3)
+    assert balance(rule, p, dp / p) == pytest.approx(up / (up + down), rel=1e-6)
+
+
 # --- first training, criteria, settings ---
 
 
@@ -322,6 +348,8 @@ def test_a_criterion_asks_only_where_there_is_a_label():
         ({"rule": "pcgrad"}, "not a feedback rule"),
         ({"rule": "defuse", "settings": {"posterior": "f_dp"}}, "posterior"),
         ({"rule": "defuse", "settings": {"z": 1}}, "posterior"),
+        ({"rule": "defuse", "settings": {"samples": "fnc"}}, "'fnw' or 'defer'"),
+        ({"rule": "defuse", "settings": {"samples": "fnw"}}, "no observation window"),
         ({"rule": "fsiw", "settings": {"least": 0.0}}, "least"),
         ({"rule": "fnw", "observation_hours": -1.0}, "observation_hours"),
         ({"rule": "fnw", "auxiliary_epochs": 0}, "auxiliary_epochs"),

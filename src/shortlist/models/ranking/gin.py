@@ -22,10 +22,13 @@ Differences from the paper, whose formulas we know from its abstract, figures an
    the log is cut by time before the requests to learn from, as in a cascade, none is read: folds = 0 then saves their room.
 5. There is no query; the activation unit is DIN's; the tower reads candidate, interest and their product, user, context and pair fields,
    and the loss is a softmax over a request's candidates unless "bce", the paper's, is chosen.
-6. `graph` gives what to compare with: every item its own neighbour, or a random graph of the same degrees.
+6. `graph` gives what to compare with: every item its own neighbour, or a random graph of the same degrees. `training = "two-stage"` is what
+   the paper trains jointly in place of: item vectors learned from the graph's edges alone (item2vec's skip-gram with negative samples, each
+   edge as often as it is strong), then frozen while all else learns to rank. With num_layers = 0 that is DIN over such vectors. They are
+   learned from the whole graph, own clicks included, where the log is not cut before the requests.
 
 B requests, C most candidates of a request, t candidates end to end, L longest history, D width of a vector, N catalogue rows, n distinct
-nodes, e neighbours end to end, W first layer of the tower.
+nodes, e neighbours end to end, W first layer of the tower, P drawn edges, K negatives of each.
 """
 
 from __future__ import annotations
@@ -37,14 +40,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import leaky_relu
+from torch.nn.functional import leaky_relu, softplus
 
 from shortlist.data.batches import Batch, Candidates
 from shortlist.data.histories import Histories, View
 from shortlist.data.jagged import Jagged, segment_sum
 from shortlist.data.schema import Space
 from shortlist.embeddings.base import TableChoice
-from shortlist.errors import ConfigError
+from shortlist.errors import ConfigError, DataError
 from shortlist.layers.activation_unit import ActivationUnit, mixed_past
 from shortlist.layers.counting import SparseRows
 from shortlist.layers.fields import ItemEncoder
@@ -53,6 +56,7 @@ from shortlist.layers.graphs import (
     Neighbours,
     Strength,
     co_clicks,
+    drawn_edges,
     hops,
     neighbours,
     newest_times,
@@ -64,10 +68,22 @@ from shortlist.layers.graphs import (
 )
 from shortlist.layers.scoring import CandidateHead, EventMarks, HeadConfig, Recency, dense_bytes, linear_flops
 from shortlist.layers.search import KeptRows, crossed, crossed_width, masked_softmax
-from shortlist.models.base import Cost, Losses, Ranker, RequestShape, Scores
+from shortlist.models.base import Cost, Losses, Phase, Ranker, RequestShape, Scores
 from shortlist.registry import system
 
 GRAPHS = ("co-click", "self-loop", "random")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeVectors:
+    """How item vectors are learned from edges alone, where training is two-stage."""
+
+    epochs: int = 5
+    """Passes before the ranker; each has as many steps as one of the ranker."""
+    num_edges: int = 4_096
+    """Edges drawn per step."""
+    num_negatives: int = 5
+    """Items per edge that are told apart from its end; neighbours of other edges, so drawn by how strongly the graph holds them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +102,10 @@ class GINConfig:
     """Which neighbours are strongest: count = most co-clicks; cosine = co-clicks over the root of both items' degrees."""
     graph: Literal["co-click", "self-loop", "random"] = "co-click"
     """The graph; self-loop (no neighbour but itself) and random (the same degrees) have the same parameters and are there to compare."""
+    training: Literal["joint", "two-stage"] = "joint"
+    """joint: one loss trains all; two-stage: item vectors from the graph alone first, then frozen, there to compare."""
+    edge_vectors: EdgeVectors = EdgeVectors()
+    """The first stage of two."""
     folds: int = 5
     """Graphs without a part of the users each, for training requests whose outcome was counted; 0 = the whole graph for all."""
     seed: int = 0
@@ -121,6 +141,12 @@ class GINConfig:
                 f"gin: graph must be one of {', '.join(GRAPHS)} and strength count or cosine, "
                 f"got graph={self.graph!r}, strength={self.strength!r}"
             )
+        if self.training not in ("joint", "two-stage"):
+            raise ConfigError(f"gin: training must be joint or two-stage, got {self.training!r}")
+        if self.training == "two-stage" and self.graph == "self-loop":
+            raise ConfigError('gin: training = "two-stage" learns from neighbours; graph = "self-loop" has none')
+        if min(self.edge_vectors.epochs, self.edge_vectors.num_edges, self.edge_vectors.num_negatives) < 1:
+            raise ConfigError(f"gin: edge_vectors must all be at least 1, got {self.edge_vectors}")
         if not self.unit_widths:
             raise ConfigError("gin: unit_widths must name at least one hidden width")
         if not 0 <= self.id_dropout < 1:
@@ -211,6 +237,9 @@ class GIN(Ranker):
         self.unit = ActivationUnit(config.dim, config.unit_widths, config.head.activation)
         width = crossed_width(config.dim, config.dim)
         self.head = CandidateHead(space, config.dim, width, config.head, table=config.table)
+        self.contexts = nn.Embedding(self.num_rows, config.dim) if config.training == "two-stage" else None
+        if self.contexts is not None:
+            nn.init.zeros_(self.contexts.weight)
         self.kept = KeptRows(self.num_rows)
         self._keep(self_loops(self.num_rows))
         self.buffer("fold_U", torch.zeros(space.num_users + 1, dtype=torch.int64))
@@ -245,6 +274,36 @@ class GIN(Ranker):
             edges = co_clicks(histories.keep(fold_N != fold), num_rows, config.window) if fold else whole
             edges = edges if change is None else change(edges)
             yield strongest(edges, num_rows, config.num_neighbours, config.strength)
+
+    def phases(self) -> tuple[Phase, ...]:
+        """All at once, or item vectors from the graph and then, while they stand, the rest."""
+        train = Phase(name="train", feed="candidates", losses=self.losses)
+        if self.contexts is None:
+            return (train,)
+        vectors = [*self.items.parameters(), *self.contexts.parameters()]
+        of_vectors = {id(p) for p in vectors}
+        rest = [p for p in self.parameters() if id(p) not in of_vectors]
+        edges = Phase(name="edges", feed="candidates", losses=self.edge_losses, epochs=self.config.edge_vectors.epochs)
+        return replace(edges, parameters=lambda: vectors), replace(train, parameters=lambda: rest)
+
+    def edge_losses(self, batch: Batch) -> Losses:
+        """Skip-gram with negative samples on edges drawn from the whole graph; of the batch only the number of the step counts.
+
+        DataError for a graph without an edge.
+        """
+        graph, config = SparseRows(self.offsets, self.columns, self.weights), self.config.edge_vectors
+        assert self.contexts is not None
+        if not int(self.offsets[self.num_rows]):
+            raise DataError(
+                'gin: no two items were clicked next to each other, so training = "two-stage" has no graph to learn from; '
+                'widen `window`, or set training = "joint"'
+            )
+        row_P, column_P = drawn_edges(graph, self.num_rows, config.num_edges)
+        other_PK = column_P[torch.randint(len(column_P), (len(column_P), config.num_negatives), device=row_P.device)]
+        item_PD = self.items(row_P)
+        near_P = (item_PD * self.contexts(column_P)).sum(1)
+        far_PK = (item_PD[:, None] * self.contexts(other_PK)).sum(2)
+        return {"edges": (softplus(-near_P) + softplus(far_PK).sum(1)).mean()}
 
     def graph_of(self, batch: Batch) -> Tensor:
         """int64 [B]: which graph each request reads. In training a request that is no later than its user's newest counted event reads one
