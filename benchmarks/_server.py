@@ -1,7 +1,9 @@
-"""A server process for benchmarks: started, waited for, ended."""
+"""A server process for benchmarks: started, waited for, asked, ended."""
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import re
 import subprocess
@@ -9,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +23,28 @@ class Served:
     port: int
 
 
+def on_core(core: int) -> None:
+    """Keep this process on one core, where there is more than one."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[core % len(cores)]})
+
+
 @contextmanager
 def served(
-    *arguments: object, env: Mapping[str, str] | None = None, first: Callable[[], None] | None = None
+    *arguments: object,
+    env: Mapping[str, str] | None = None,
+    first: Callable[[], None] | None = None,
+    port: int = 0,
 ) -> Iterator[Served]:
-    """`shortlist serve ARGUMENTS --port 0` in a process of its own.
+    """`shortlist serve ARGUMENTS --port PORT` in a process of its own.
 
     Args:
         env: variables beside those of this process.
         first: called in the new process before anything else.
+        port: 0 = any free one.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "shortlist.cli", "serve", *map(str, arguments), "--port", "0"],
+        [sys.executable, "-m", "shortlist.cli", "serve", *map(str, arguments), "--port", str(port)],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(env or {})},
@@ -46,3 +59,15 @@ def served(
     finally:
         process.terminate()
         process.wait()
+
+
+def ask(port: int, path: str, body: Any = None, *, timeout_s: float = 20.0) -> tuple[int, Any]:
+    """One request on a connection of its own, POST where it has a body: status and answer. OSError or HTTPException without an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    try:
+        data = None if body is None else json.dumps(body)
+        connection.request("GET" if body is None else "POST", path, data, {"content-type": "application/json"})
+        response = connection.getresponse()
+        return response.status, json.load(response)
+    finally:
+        connection.close()

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from _server import served
+from _server import on_core, served
 from shortlist.cascade.engine import LAST_RESORT
 from shortlist.data.datasets import load
 from shortlist.evaluation.benchmarks import record
@@ -58,12 +57,6 @@ class Trace:
     starts: tuple[float, float, float]
     """Where calm, spike and after begin."""
     end: float
-
-
-def on_core(core: int) -> None:
-    """Keep this process on one core, where there is more than one."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[core % len(cores)]})
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -136,16 +136,17 @@ def train_shop(folder: Path, config: str = "light", *more: object) -> Path:
     return out
 
 
+def benchmark(name: str) -> ModuleType:
+    """A file of benchmarks/, which is no package; those that it imports are found beside it."""
+    folder = str(Path(__file__).parents[1] / "benchmarks")
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: names such as `events` stay whose they were
+    return importlib.import_module(name)
+
+
 def generated_log() -> ModuleType:
-    """benchmarks/generated_log.py, which is no package."""
-    path = Path(__file__).parents[1] / "benchmarks" / "generated_log.py"
-    spec = importlib.util.spec_from_file_location("generated_log", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["generated_log"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """benchmarks/generated_log.py."""
+    return benchmark("generated_log")
 
 
 def some_user(events: pl.DataFrame, column: str) -> Any:

@@ -1,6 +1,8 @@
 """An ingested log against the same log read at once, whatever kind of file it was, and a kill in the middle."""
 
 import gzip
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from shortlist.data.dataset import DataConfig, build_dataset
 from shortlist.data.ingest import IngestConfig, ingest
 from shortlist.data.ingested import Ingested, open_log
 from shortlist.data.log import read
+from shortlist.data.manifest import write_manifest
 from shortlist.data.roles import Roles
 from shortlist.errors import DataError, SnapshotError
 
@@ -229,6 +232,58 @@ def test_a_damaged_folder_is_refused_by_name(tmp_path):
         (tmp_path / "out" / name).write_bytes(b"torn")
         with pytest.raises(SnapshotError, match="damaged"):
             _ = Ingested.load(tmp_path / "out").in_memory()
+
+
+@pytest.fixture(scope="module")
+def laid_down(tmp_path_factory):
+    """An ingested log with both tables, to be copied."""
+    folder, frame = tmp_path_factory.mktemp("ingested"), small_frame(0)
+    tables = {name: frame.select(f"{name}_id").unique() for name in ("user", "item")}
+    options = {f"{name}s": write(table, "parquet", folder, name) for name, table in tables.items()}
+    ingest(write(frame, "parquet", folder, "log"), folder / "out", config=SMALL, **options)
+    return folder / "out"
+
+
+def test_one_bit_in_any_file_is_refused_by_name(laid_down, tmp_path):
+    paths = [path for path in laid_down.rglob("*") if path.is_file()]
+    assert len(paths) > 12
+    for path in paths:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        copy = tmp_path / path.name
+        shutil.copytree(laid_down, copy)
+        (copy / path.relative_to(laid_down)).write_bytes(content)
+        with pytest.raises(SnapshotError, match=re.escape(path.name)):
+            open_log(copy)
+
+
+FORGED = {
+    "row.npy": lambda found: found + 1,
+    "group_id.npy": lambda found: found.astype(np.float32),
+    "histories/item.npy": lambda found: np.where(found == 1, 10**6, found),
+    "histories/action.npy": lambda found: found[:-1],
+    "histories/offsets.npy": lambda found: found[::-1].copy(),
+    "histories/value.npy": lambda found: found.astype("U5"),
+    "events/000000.parquet": lambda found: found.head(1),
+    "events/000001.parquet": lambda found: found.rename({"item_id": "x"}),
+    "items.parquet": lambda found: found.with_columns(item_id=pl.lit([1])),
+    "users.parquet": lambda found: found.rename({"user_id": "x"}),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_files_that_do_not_fit_each_other_are_refused(laid_down, tmp_path, name):
+    """The manifest was written anew, so only the content can tell."""
+    copy = tmp_path / "out"
+    shutil.copytree(laid_down, copy)
+    path = copy / name
+    if path.suffix == ".npy":
+        np.save(path, FORGED[name](np.load(path)))
+    else:
+        FORGED[name](pl.read_parquet(path)).write_parquet(path)
+    write_manifest(copy)
+    with pytest.raises(SnapshotError, match="events" if path.parent.name == "events" else path.stem):
+        _ = open_log(copy).in_memory()
 
 
 def test_an_ingested_log_is_opened_as_it_is(tmp_path):

@@ -12,34 +12,36 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from cli_support import refused, train_shop
+from cli_support import benchmark, refused, train_shop
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.live import load_live
+from shortlist.data.datasets import load
 from shortlist.data.ingest import IngestConfig, ingest
 from shortlist.data.log import read
 from shortlist.data.roles import Roles
 from shortlist.errors import DataError, ShortlistError, SnapshotError
-from shortlist.store.snapshot import MANIFEST, _describe, _write_manifest
+from shortlist.store.snapshot import MANIFEST
 
-MARK = "SHORTLIST_TEST_CODE_RAN"
-
-
-class Loud:
-    """Runs code when it is unpickled, and raises what no handler expects."""
-
-    def __reduce__(self):
-        return exec, (f"raise SystemExit({MARK!r})",)
+damage = benchmark("damage")
+files = benchmark("_damage")
+PICKLE, array, instead, object_array, put, raw, seal, table, tensors, text = (
+    files.PICKLE, files.array, files.instead, files.object_array, files.put, files.raw, files.seal, files.table, files.tensors, files.text,
+)  # fmt: skip
 
 
-PICKLE = pickle.dumps(Loud())
+@pytest.fixture(autouse=True)
+def no_code_runs():
+    """Whatever a test does: code in a file has left no mark."""
+    yield
+    assert not files.code_ran()
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +63,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_bomb_would_go_off():
     """The payload of these tests does run when it is unpickled, so their silence means something."""
-    with pytest.raises(SystemExit, match=MARK):
-        pickle.loads(PICKLE)
-    with pytest.raises(SystemExit, match=MARK):
-        np.load(io.BytesIO(object_array()), allow_pickle=True)
+    for unpickle in (lambda: pickle.loads(PICKLE), lambda: np.load(io.BytesIO(object_array()), allow_pickle=True)):
+        with pytest.raises(SystemExit, match="code-ran"):
+            unpickle()
+        assert files.code_ran()
 
 
 # -- runs, damaged behind the manifest's back ------------------------------------------------------------------------
@@ -129,45 +131,6 @@ def test_a_manifest_can_not_point_outside_its_folder_and_be_believed(copy, name)
 # -- runs whose manifest was written anew ----------------------------------------------------------------------------
 
 
-def object_array() -> bytes:
-    made = io.BytesIO()
-    np.save(made, np.array([Loud()], dtype=object), allow_pickle=True)
-    return made.getvalue()
-
-
-def array(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Path], None]:
-    return lambda path: np.save(path, change(np.load(path)))
-
-
-def put(place: int, value: float) -> Callable[[Path], None]:
-    def change(found: np.ndarray) -> np.ndarray:
-        found = found.copy()
-        found[place] = value
-        return found
-
-    return array(change)
-
-
-def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
-    return lambda path: save_file({name: t.contiguous() for name, t in change(load_file(path)).items()}, path)
-
-
-def table(change: Callable[[pl.DataFrame], pl.DataFrame]) -> Callable[[Path], None]:
-    return lambda path: change(pl.read_parquet(path)).write_parquet(path)
-
-
-def text(content: str) -> Callable[[Path], None]:
-    return lambda path: path.write_text(content)
-
-
-def raw(content: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content)
-
-
-def instead(old: str, new: str) -> Callable[[Path], None]:
-    return lambda path: path.write_text(path.read_text().replace(old, new))
-
-
 FORGED = (
     ("systems/counts.safetensors", raw(PICKLE)),
     ("popular.safetensors", raw(PICKLE)),
@@ -220,8 +183,7 @@ PLAUSIBLE = (
 def forge(run: Path, name: str, change: Callable[[Path], None]) -> None:
     """Change a file and write a manifest that agrees with it."""
     change(run / name)
-    (run / MANIFEST).unlink()
-    _write_manifest(run, _describe(run))
+    seal(run)
 
 
 @pytest.mark.parametrize(
@@ -366,6 +328,7 @@ REFUSED = {
     "one column": (".csv", b"user\nu1\nu2\n", "no column looks like the item"),
     "zip cut": (".csv.gz", packed(".csv.gz")[:-20], "is the file whole"),
     "zip of nothing": (".csv.gz", GOOD, "Not a gzipped file"),
+    "zip scratched early": (".csv.gz", scratched(packed(".csv.gz"), 0.08), "log.csv.gz"),
     "zip scratched": (".csv.gz", scratched(packed(".csv.gz"), 0.5), "not readable"),
     "parquet cut": (".parquet", packed(".parquet")[:-30], "is the file whole"),
     "parquet scratched": (".parquet", scratched(packed(".parquet"), 0.2), "log.parquet"),
@@ -396,7 +359,11 @@ def test_a_file_that_is_no_log_is_refused_by_name_and_leaves_nothing(tmp_path, k
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("broken", [b'{"user":"u3', b"[1,2]", b"not json", PICKLE.hex().encode()])
+@pytest.mark.parametrize(
+    "broken",
+    [b'{"user":"u3', b"[1,2]", b"not json", PICKLE.hex().encode(), b'{"user":' * 50_000],
+    ids=lambda b: str(b[:9]),
+)
 def test_a_line_that_is_no_json_object_is_set_aside(tmp_path, broken):
     path = tmp_path / "log.jsonl"
     path.write_bytes(packed(".jsonl") + broken + b"\n")
@@ -406,3 +373,62 @@ def test_a_line_that_is_no_json_object_is_set_aside(tmp_path, broken):
 def test_there_are_as_many_mutations_as_promised():
     assert len(FILES) * len(DAMAGES) + len(FORGED) >= 50
     assert len(SET_ASIDE) + len(REFUSED) >= 50
+
+
+# -- at random: the short form of benchmarks/damage.py -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def artifacts(shop, tmp_path_factory):
+    """The run and its log, ingested, each alone in a folder."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    shutil.copytree(shop, folder / "run" / "run")
+    ingest(shop.parents[1] / "events.csv", folder / "ingested" / "log", items=shop.parents[1] / "items.csv")
+
+    def pages(path: Path, stores: Path):
+        return damage.pages_of(path, stores, ["u1", "u2", "nobody"])
+
+    return [
+        damage.Artifact(name="run", folder=folder / "run", opened="run", changed="run", ask=pages, command=("serve",)),
+        damage.Artifact(
+            name="log",
+            folder=folder / "ingested",
+            opened="log",
+            changed="log",
+            ask=damage.dataset_of,
+            command=("check",),
+        ),
+    ]
+
+
+def test_random_damage_is_refused_or_harmless(artifacts, tmp_path):
+    fits = [n for n in range(60) if damage.can_be(artifacts, n, seed=5)]
+    ends = [damage.damage(artifacts, number, 5, tmp_path / "scratch")[0] for number in fits[:24]]
+    assert not [end for end in ends if end.end == "failed"]
+    assert sum(end.end == "refused" for end in ends) > 12
+
+
+def test_random_dirt_is_refused_or_set_aside(tmp_path):
+    events = load("builtin").events
+    ends = [damage.spoil(events, number, 5, tmp_path / "scratch") for number in range(24)]
+    assert not [end for end in ends if end.end == "failed"]
+    assert {"refused", "set aside"} <= {end.end for end in ends}
+
+
+@pytest.mark.parametrize(
+    ("opens", "said"),
+    [
+        (lambda path, _: json.loads((path / MANIFEST).read_text())["nothing"], "KeyError"),
+        (lambda path, _: (path / "left").write_text("x") if "copy" in path.parts else 1, "files changed"),
+        (lambda path, _: pickle.loads(PICKLE), "code ran"),
+        (lambda path, _: (_ for _ in ()).throw(DataError("something is wrong")), "without the name"),
+        (lambda path, _: {"pages": str(path), "whole": True, "told": []}, "unnoticed"),
+    ],
+)  # fmt: skip
+def test_a_reader_that_does_worse_is_found_out(artifacts, tmp_path, opens, said):
+    """Of the benchmark itself: every kind of failure that it knows is told apart."""
+    shutil.copytree(artifacts[0].folder, tmp_path / "copy")
+    careless = replace(artifacts[0], ask=opens)
+    end, told = damage.opened(careless, tmp_path / "copy", Path("run") / MANIFEST, sealed=False)
+    assert end == "failed"
+    assert said in told

@@ -202,6 +202,14 @@ def test_a_damaged_version_is_replaced_when_it_is_published_again(tmp_path, plac
         ("{", "is damaged"),
         ('{"format": 9}', "is of format 9"),
         ('{"format": 1, "current": "a", "versions": []}', "'a'"),
+        ("[" * 200_000, "is damaged"),
+        ('{"format": ' + "9" * 5_000 + "}", "is damaged"),
+        ("[1]", "it holds no object"),
+        (
+            '{"format": 1, "current": "../run", "versions": [{"version": "../run", "published_at": ""}]}',
+            "is no version",
+        ),
+        ('{"format": 1, "current": 7, "versions": [{"version": 7, "published_at": ""}]}', "is no version"),
     ],
 )
 def test_a_damaged_record_is_said(tmp_path, place, text, told):

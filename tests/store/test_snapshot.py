@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -22,8 +23,6 @@ def snapshot(tmp_path: Path) -> Path:
 
 
 def test_manifest_lists_every_file_with_its_real_digest(snapshot):
-    import hashlib
-
     manifest = read_snapshot(snapshot)
     assert set(manifest.files) == {"a.txt", "inner/weights.safetensors"}
     assert manifest.files["a.txt"].sha256 == hashlib.sha256(b"one").hexdigest()
@@ -101,6 +100,42 @@ def test_an_edited_manifest_is_refused(snapshot):
     path = snapshot / MANIFEST
     content = json.loads(path.read_text())
     del content["files"]["a.txt"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SnapshotError, match=r"manifest\.json is damaged"):
+        read_snapshot(snapshot)
+
+
+@pytest.mark.parametrize(
+    "name", ["../run/a.txt", "/etc/hostname", "..", "inner/../../x", "a\0b", "x" * 5_000, "\ud800"]
+)
+def test_a_manifest_that_leads_outside_is_refused(snapshot, name):
+    """Its own digest agrees, so it is no accident."""
+    path = snapshot / MANIFEST
+    content = json.loads(path.read_text())
+    content["files"][name] = content["files"].pop("a.txt")
+    lines = "".join(f"{n} {record['sha256']}\n" for n, record in sorted(content["files"].items()))
+    content["version"] = hashlib.sha256(lines.encode(errors="surrogatepass")).hexdigest()[:12]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SnapshotError) as error:
+        read_snapshot(snapshot)
+    assert str(snapshot) in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"format": ' + "9" * 5_000 + "}", "[1, 2]", "NaN", '{"format": 1, "files": 7}', '"x"']
+)
+def test_whatever_stands_in_a_manifest_is_refused_by_name(snapshot, text):
+    (snapshot / MANIFEST).write_text(text)
+    with pytest.raises(SnapshotError, match=r"manifest\.json is damaged"):
+        read_snapshot(snapshot)
+
+
+@pytest.mark.parametrize("record", [{"bytes": "3", "sha256": "0"}, {"bytes": 3, "sha256": None}, {"bytes": 3}, 7])
+def test_a_manifest_with_records_of_other_types_is_refused(snapshot, record):
+    path = snapshot / MANIFEST
+    content = json.loads(path.read_text())
+    content["files"]["a.txt"] = record
     path.write_text(json.dumps(content))
     with pytest.raises(SnapshotError, match=r"manifest\.json is damaged"):
         read_snapshot(snapshot)

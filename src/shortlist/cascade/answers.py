@@ -19,7 +19,7 @@ from shortlist.cascade.repeating import as_logged, brought_candidates
 from shortlist.cascade.request_log import LoggedRequest, LoggedStage
 from shortlist.cascade.rules import Rules
 from shortlist.cascade.ruling import Ruling
-from shortlist.data.histories import Float, Int
+from shortlist.data.histories import Int
 from shortlist.data.vocabulary import Id
 
 
@@ -110,20 +110,16 @@ class Circumstances:
 def make_answers(live: Live, page: Page, told: Circumstances) -> list[Answer]:
     """Answers to B requests from their page; Python touches the items shown, not the candidates."""
     rows_Bk, scores_Bk = page.rows.cpu().numpy(), page.scores.cpu().numpy()
-    stages = [_StageArrays.of(trace) for trace in page.traces]
     answers = []
     for place, (user, ruling, reports) in enumerate(zip(told.users, told.rulings, page.reports)):
         shown = rows_Bk[place] > 0
         rows_k = rows_Bk[place][shown]
-        by_stage = {stage.name: stage.scores_of(place, rows_k) for stage in stages}
+        scores_k: list[dict[str, float | None]] = [{} for _ in rows_k]
+        for trace in page.traces:
+            _add_scores(scores_k, trace, place, rows_k)
         items = tuple(
-            Item(
-                item_id=live.id(row),
-                score=_number(score),
-                title=live.title(row),
-                scores={name: _number(values[i]) for name, (found, values) in by_stage.items() if found[i]},
-            )
-            for i, (row, score) in enumerate(zip(rows_k.tolist(), scores_Bk[place][shown].tolist()))
+            Item(item_id=live.id(row), score=_number(score), title=live.title(row), scores=scores)
+            for row, score, scores in zip(rows_k.tolist(), scores_Bk[place][shown].tolist(), scores_k)
         )
         degraded = [*told.problems, *(f"{report.stage}: {report.degraded}" for report in reports if report.degraded)]
         ignored = dict(ruling.ignored)
@@ -151,28 +147,15 @@ def make_answers(live: Live, page: Page, told: Circumstances) -> list[Answer]:
     return answers
 
 
-@dataclass(frozen=True, slots=True)
-class _StageArrays:
-    """A stage's candidates as arrays: rows and scores [total], cut by offsets [B + 1]."""
-
-    name: str
-    offsets: Int
-    rows: Int
-    scores: Float
-
-    @classmethod
-    def of(cls, trace: StageTrace) -> _StageArrays:
-        return cls(
-            trace.name, trace.rows.offsets.cpu().numpy(), trace.rows.values.cpu().numpy(), trace.scores.cpu().numpy()
-        )
-
-    def scores_of(self, request: int, rows_k: Int) -> tuple[list[bool], list[float]]:
-        """For items [k] of a request: whether the stage let each through, and its score where it did."""
-        mine = slice(self.offsets[request], self.offsets[request + 1])
-        same_kC = rows_k[:, None] == self.rows[mine]
-        if not same_kC.shape[1]:
-            return [False] * len(rows_k), [0.0] * len(rows_k)
-        return same_kC.any(1).tolist(), self.scores[mine][same_kC.argmax(1)].tolist()
+def _add_scores(scores_k: Sequence[dict[str, float | None]], trace: StageTrace, request: int, rows_k: Int) -> None:
+    """What a stage gave to the items [k] of a request's page, for those that it let through."""
+    rows_C, scores_C = trace.of(request)
+    if not len(rows_C):
+        return
+    place_k = (rows_k[:, None] == rows_C).argmax(1)
+    for scores, same, score in zip(scores_k, (rows_C[place_k] == rows_k).tolist(), scores_C[place_k].tolist()):
+        if same:
+            scores[trace.name] = _number(score)
 
 
 def logged(page: Page, answer: Answer, place: int, asked: Asked, number: int, surface: Rules) -> LoggedRequest:
@@ -180,8 +163,7 @@ def logged(page: Page, answer: Answer, place: int, asked: Asked, number: int, su
 
     `surface` are the rules that hold without any from the request.
     """
-    stages = [_StageArrays.of(trace) for trace in page.traces]
-    mine = [slice(stage.offsets[place], stage.offsets[place + 1]) for stage in stages]
+    candidates = [(trace.name, *trace.of(place)) for trace in page.traces]
     return LoggedRequest(
         request_id=answer.request_id,
         at_ms=round(time.time() * MS),
@@ -190,10 +172,7 @@ def logged(page: Page, answer: Answer, place: int, asked: Asked, number: int, su
         chain=answer.chain,
         snapshot_version=answer.snapshot_version,
         page=[item.item_id for item in answer.items],
-        stages=[
-            LoggedStage(name=stage.name, rows=stage.rows[part], scores=stage.scores[part])
-            for stage, part in zip(stages, mine)
-        ],
+        stages=[LoggedStage(name=name, rows=rows, scores=scores) for name, rows, scores in candidates],
         reports=answer.stages,
         removed=answer.removed,
         arranged=answer.arranged,

@@ -191,3 +191,27 @@ def contained(rows: Jagged, others: Jagged) -> Tensor:
         return torch.zeros(len(rows.values), dtype=torch.bool, device=rows.values.device)
     width = int(torch.maximum(rows.values.max(), others.values.max())) + 1
     return torch.isin(rows.row_of_value * width + rows.values, others.row_of_value * width + others.values)
+
+
+def mean_score(rows: Jagged, given_ST: Tensor, bad_SB: Tensor) -> Tensor:
+    """[total] one system's scores as they are; of several the mean of standardised ones, without the requests where a system is bad."""
+    if len(given_ST) == 1:
+        return given_ST[0] + 0.0  # -0 becomes 0, as in a mean
+    value_ST, _ = standardise(rows, given_ST)
+    weight_ST = (~bad_SB).float().index_select(1, rows.row_of_value)
+    return (value_ST * weight_ST).sum(0) / weight_ST.sum(0).clamp(min=1)
+
+
+def by_item(rows: Jagged) -> Tensor:
+    """One number per candidate that sorts by request, then by item."""
+    width = int(rows.values.max()) + 1 if len(rows.values) else 1
+    return rows.row_of_value * width + rows.values
+
+
+def choose(first_B: Tensor, one: tuple[Jagged, Tensor], other: tuple[Jagged, Tensor]) -> tuple[Jagged, Tensor]:
+    """Request by request the first list where `first_B` [B] is True, else the other."""
+    lists = Jagged(
+        torch.cat([one[0].values, other[0].values]), torch.cat([one[0].offsets, other[0].offsets[1:] + len(one[1])])
+    )
+    number = torch.arange(len(first_B), device=first_B.device) + torch.where(first_B, 0, len(first_B))
+    return lists.select(number), torch.cat([one[1], other[1]])[lists.value_index(number)]

@@ -25,9 +25,12 @@ from shortlist.cascade.acting import Recall, score, score_flops, search, search_
 from shortlist.cascade.candidates import (
     Blocked,
     best_first,
+    by_item,
+    choose,
     contained,
     finite,
     first_permitted,
+    mean_score,
     merge,
     standardise,
     take,
@@ -36,6 +39,7 @@ from shortlist.cascade.config import Action, Chain, RunConfig
 from shortlist.cascade.meter import StageReport
 from shortlist.cascade.watch import LeftBehind, Problem, Watch
 from shortlist.data.batches import Batch
+from shortlist.data.histories import Float, Int
 from shortlist.data.jagged import Jagged
 from shortlist.data.pairs import PAIR_FIELDS, pair_fields
 from shortlist.data.schema import Numeric, Space
@@ -81,6 +85,18 @@ class StageTrace:
     problems: tuple[Problem, ...] = ()
     found: Mapping[str, Retrieved] = field(default_factory=dict)
     """Of a search: each system's own list [B, K], before the lists were merged."""
+
+    @cached_property
+    def _arrays(self) -> tuple[list[int], Int, Float]:
+        """Offsets, rows and scores in plain memory."""
+        rows = self.rows
+        return rows.offsets.tolist(), rows.values.cpu().numpy(), self.scores.cpu().numpy()
+
+    def of(self, request: int) -> tuple[Int, Float]:
+        """Rows and scores [C] of one request's candidates, best first."""
+        offsets, rows, scores = self._arrays
+        mine = slice(offsets[request], offsets[request + 1])
+        return rows[mine], scores[mine]
 
     def degraded(self, request: int) -> str | None:
         """What went wrong for a request of the batch; None when nothing did."""
@@ -383,7 +399,7 @@ class Cascade:
             orders = [take(funnel.rows, best_first(funnel.rows, scores)).padded()[0] for scores in raw.values()]
             rows, scores = merge([Retrieved(order_BC, order_BC.float()) for order_BC in orders], most)
             # Both lists hold the same items; sorting by (request, item) brings them together.
-            there, here = (_by_item(lists).argsort() for lists in (rows, funnel.rows))
+            there, here = (by_item(lists).argsort() for lists in (rows, funnel.rows))
             index = torch.empty_like(there)
             index[there] = here
             funnel.scores[index] = scores
@@ -395,11 +411,10 @@ class Cascade:
         funnel.note(raw)
         scores = funnel.scores
         if raw:
-            request = funnel.rows.row_of_value
             bad_SB = torch.stack([bad[name] for name in raw])
-            [mean] = raw.values() if len(raw) == 1 else [_mean(funnel.rows, torch.stack(list(raw.values())), bad_SB)]
-            # Where all failed, the order before stands. Adding 0 makes -0 a 0.
-            scores = torch.where(bad_SB.all(0).index_select(0, request), scores, mean + 0.0)
+            mean = mean_score(funnel.rows, torch.stack(list(raw.values())), bad_SB)
+            # Where all failed, the order before stands.
+            scores = torch.where(bad_SB.all(0).index_select(0, funnel.rows.row_of_value), scores, mean)
         funnel.cut(best_first(funnel.rows, scores, keep), scores)
 
     def _rerank(self, funnel: _Funnel, name: str, keep: int, watch: Watch) -> None:
@@ -420,7 +435,7 @@ class Cascade:
         if shown is None or bool(bad_B.any()):
             plain = best_first(funnel.rows, funnel.scores, keep)
             before = take(funnel.rows, plain), funnel.scores[plain]
-            shown = before if shown is None else _choose(bad_B, before, shown)
+            shown = before if shown is None else choose(bad_B, before, shown)
         (funnel.rows, funnel.scores), funnel.raw = shown, {}
         funnel.pair_names, funnel.pair_PT = (), None
 
@@ -526,25 +541,3 @@ class Cascade:
             blocked = replace(funnel.blocked, excluded=None if excluded is None else excluded.select(short))
             rows_Bk[short] = first_permitted(torch.cat(columns, 1), blocked, k)
         return rows_Bk, scores_Bk
-
-
-def _mean(rows: Jagged, given_ST: Tensor, bad_SB: Tensor) -> Tensor:
-    """[total] mean of several systems' scores, standardised, without those of requests for which a system gave none."""
-    value_ST, _ = standardise(rows, given_ST)
-    weight_ST = (~bad_SB).float().index_select(1, rows.row_of_value)
-    return (value_ST * weight_ST).sum(0) / weight_ST.sum(0).clamp(min=1)
-
-
-def _by_item(rows: Jagged) -> Tensor:
-    """One number per candidate that sorts by request, then by item."""
-    width = int(rows.values.max()) + 1 if len(rows.values) else 1
-    return rows.row_of_value * width + rows.values
-
-
-def _choose(first_B: Tensor, one: tuple[Jagged, Tensor], other: tuple[Jagged, Tensor]) -> tuple[Jagged, Tensor]:
-    """Request by request the first list where `first_B` [B] is True, else the other."""
-    lists = Jagged(
-        torch.cat([one[0].values, other[0].values]), torch.cat([one[0].offsets, other[0].offsets[1:] + len(one[1])])
-    )
-    number = torch.arange(len(first_B), device=first_B.device) + torch.where(first_B, 0, len(first_B))
-    return lists.select(number), torch.cat([one[1], other[1]])[lists.value_index(number)]

@@ -34,7 +34,7 @@ from shortlist.cascade.last_resort import popular_page
 from shortlist.cascade.live import Live, load_live
 from shortlist.cascade.meter import Meter
 from shortlist.cascade.pasts import PastEvent
-from shortlist.cascade.questions import Asked, Question, check, page_size, together
+from shortlist.cascade.questions import NO_BUDGET, Asked, Question, check, page_size, together
 from shortlist.cascade.recording import Recorded as Recorded
 from shortlist.cascade.recording import Seen as Seen
 from shortlist.cascade.recording import recorded, seen
@@ -242,9 +242,9 @@ class Engine:
             history=history,
             context=context or {},
             candidates=candidates,
-            rules=rules or Rules(allow=allow, deny=deny),
+            rules=rules or (NO_RULES if allow is None and not deny else Rules(allow=allow, deny=deny)),
             at=at,
-            budget=budget or Budget(),
+            budget=budget or NO_BUDGET,
             chain=chain,
         )
         return self._alone(question)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shortlist.cascade.candidates import Blocked, contained
 from shortlist.data.jagged import Jagged, segment_sum
+from shortlist.data.manifest import read_json
 from shortlist.errors import ConfigError, ShortlistError, SnapshotError
 from shortlist.extras import installed
 from shortlist.models.base import Nearest, Retrieved, System, VectorRetriever, nearest
@@ -277,8 +278,9 @@ def load_indexes(folder: Path) -> dict[str, VectorIndex]:
         LOG.warning("%s: %s", folder, MISSING)
         return {}
     indexes = {}
+    about = read_json(path, remedy=REMEDY)
     try:
-        for name, facts in json.loads(path.read_text()).items():
+        for name, facts in about.items():
             indexes[name] = VectorIndex.load(
                 folder / FOLDER / f"{name}.faiss",
                 kind=facts["kind"],
@@ -288,6 +290,6 @@ def load_indexes(folder: Path) -> dict[str, VectorIndex]:
             )
     except ShortlistError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SnapshotError(f"{path} is missing or damaged ({error}); {REMEDY}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SnapshotError(f"{path} is damaged ({error}); {REMEDY}") from error
     return indexes

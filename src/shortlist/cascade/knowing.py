@@ -57,7 +57,9 @@ def find_out(live: Live, events: EventStore | None, asked: Asked, *, stale_days:
     # What systems read, unless all that was seen is to be left out or the question is of an earlier moment.
     all_of_it = excludes or days is not None or asked.at is not None or not live.dataset.space.has_clock
     newest = None if all_of_it else live.cascade.max_history
+    named = asked.sent is None and asked.at is None and all(user is not None for user in asked.users)
     try:
+        keys = tuple(live.key(user) for user in asked.users) if named else ()
         rows = live.users(asked.users)
         past, moments = _pasts(live, events, asked, rows, now, newest, stale_days, problems)
         histories, requests = live.dataset.requests_for(
@@ -69,17 +71,16 @@ def find_out(live: Live, events: EventStore | None, asked: Asked, *, stale_days:
             requests,
             max_history=live.cascade.max_history,
             exclude_history=excludes,
+            key=keys,
         )
         if days is not None:
             batch = replace(batch, excluded=seen_since(histories, requests, days))
     except Exception as error:  # a request always gets a page
         problems.append(reason_of("the user's past could not be read", error))
         return Known(batch=None, num_history=[0] * len(asked.users), moments=[int(now)] * len(asked.users))
-    if asked.sent is None and asked.at is None and all(user is not None for user in asked.users):
-        batch = replace(batch, key=tuple(live.key(user) for user in asked.users))
     known = requests.end - requests.start
     if newest is not None and asked.sent is None:
-        offsets = live.dataset.histories.offsets
+        offsets = np.asarray(live.dataset.histories.offsets)
         known = known + np.maximum(offsets[rows + 1] - offsets[rows] - newest, 0)
     return Known(batch=batch, num_history=known.tolist(), moments=moments.tolist())
 

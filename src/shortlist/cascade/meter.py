@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +96,8 @@ class Meter:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stages: dict[str, StageTotal] = {}
-        self._chains: dict[str, ChainTotal] = {}
+        self._stages: dict[str, _Sums] = {}
+        self._chains: dict[str, _Sums] = {}
 
     def add(self, chain: str, reports: Sequence[Sequence[StageReport]], values: Sequence[float] | None = None) -> None:
         """Requests that `chain` answered.
@@ -108,23 +108,19 @@ class Meter:
             values: per request, what it brought; may also be added later by `credit`.
         """
         with self._lock:
-            total = self._chains.get(chain, ChainTotal(chain=chain))
+            total = self._chains.setdefault(chain, _Sums())
             for request in reports:
                 for report in request:
-                    self._add_stage(report)
-                total = replace(
-                    total,
-                    num_requests=total.num_requests + 1,
-                    spent_ms=total.spent_ms + sum(report.spent_ms for report in request),
-                    spent_mflop=total.spent_mflop + sum(report.spent_mflop for report in request),
-                )
-            self._chains[chain] = replace(total, value=total.value + sum(values or ()))
+                    self._stages.setdefault(report.stage, _Sums()).add(report)
+                total.num_requests += 1
+                total.spent_ms += sum([report.spent_ms for report in request])
+                total.spent_mflop += sum([report.spent_mflop for report in request])
+            total.value += sum(values or ())
 
     def credit(self, chain: str, value: float) -> None:
         """Worth that came in later for requests of `chain`."""
         with self._lock:
-            total = self._chains.get(chain, ChainTotal(chain=chain))
-            self._chains[chain] = replace(total, value=total.value + value)
+            self._chains.setdefault(chain, _Sums()).value += value
 
     def summary(self) -> Summary:
         """The reading so far."""
@@ -140,17 +136,48 @@ class Meter:
             return reading
 
     def _read(self) -> Summary:
-        chains = tuple(self._chains[name] for name in sorted(self._chains))
-        return Summary(stages=tuple(self._stages.values()), chains=chains)
-
-    def _add_stage(self, report: StageReport) -> None:
-        total = self._stages.get(report.stage, StageTotal(stage=report.stage))
-        self._stages[report.stage] = StageTotal(
-            stage=report.stage,
-            num_requests=total.num_requests + 1,
-            num_received=total.num_received + report.num_received,
-            num_kept=total.num_kept + report.num_kept,
-            num_degraded=total.num_degraded + (report.degraded is not None),
-            spent_ms=total.spent_ms + report.spent_ms,
-            spent_mflop=total.spent_mflop + report.spent_mflop,
+        stages = tuple(
+            StageTotal(
+                stage=name,
+                num_requests=total.num_requests,
+                num_received=total.num_received,
+                num_kept=total.num_kept,
+                num_degraded=total.num_degraded,
+                spent_ms=total.spent_ms,
+                spent_mflop=total.spent_mflop,
+            )
+            for name, total in self._stages.items()
         )
+        chains = tuple(
+            ChainTotal(
+                chain=name,
+                num_requests=total.num_requests,
+                spent_ms=total.spent_ms,
+                spent_mflop=total.spent_mflop,
+                value=total.value,
+            )
+            for name, total in sorted(self._chains.items())
+        )
+        return Summary(stages=stages, chains=chains)
+
+
+@dataclass(slots=True)
+class _Sums:
+    """What a stage or a chain has come to so far: changed in place, since every request adds to several."""
+
+    num_requests: int = 0
+    num_received: int = 0
+    num_kept: int = 0
+    num_degraded: int = 0
+    spent_ms: float = 0.0
+    spent_mflop: float = 0.0
+    value: float = 0.0
+
+    def add(self, report: StageReport) -> None:
+        """One request of a stage."""
+        self.num_requests += 1
+        self.num_received += report.num_received
+        self.num_kept += report.num_kept
+        self.num_degraded += report.degraded is not None
+        self.spent_ms += report.spent_ms
+        self.spent_mflop += report.spent_mflop

@@ -18,7 +18,7 @@ import numpy as np
 from shortlist.cascade.allocation.base import Budget, Float
 from shortlist.cascade.live import Live
 from shortlist.cascade.pasts import PastEvent, sent_history
-from shortlist.cascade.rules import Rules
+from shortlist.cascade.rules import NO_RULES, Rules
 from shortlist.data.histories import Int
 from shortlist.data.vocabulary import Id
 from shortlist.errors import ConfigError
@@ -26,6 +26,10 @@ from shortlist.store.events import MAX_TIMESTAMP
 
 if TYPE_CHECKING:
     from shortlist.cascade.search import Found
+
+
+NO_BUDGET = Budget()
+"""No limit on what a request may cost."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +46,11 @@ class Question:
     """Raw values of the run's context columns."""
     candidates: Sequence[Id] | None = None
     """The only items to choose from."""
-    rules: Rules = field(default_factory=Rules)
+    rules: Rules = NO_RULES
     """Which items may be shown and how the page is laid out, over the surface's own."""
     at: float | None = None
     """Seconds since 1970 UTC; later events are not read. None = now, with all that is known."""
-    budget: Budget = field(default_factory=Budget)
+    budget: Budget = NO_BUDGET
     """What this request may cost at most; no limits = as the server's allocator says."""
     chain: str | None = None
     """Name of the chain that is to answer, in place of the allocator's choice."""
@@ -82,7 +86,7 @@ class Asked:
     context: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     candidates: Int | None = None
     num_unknown_candidates: int | None = None
-    rules: Rules = field(default_factory=Rules)
+    rules: Rules = NO_RULES
     at: int | None = None
     most_BC: Float | None = None
     """[B, C] what each may cost at most; None = none has a limit of its own."""
@@ -137,7 +141,6 @@ def check(live: Live, question: Question, bounds: Bounds) -> Asked:
     context = {name: [value] for name, value in question.context.items()}
     if context:
         live.dataset.requests_for([None], context=context)  # refuses columns that do not exist
-    limits_C = question.budget.limits_C
     return Asked(
         users=[question.user],
         k=page_size(live, question.k, bounds),
@@ -147,7 +150,7 @@ def check(live: Live, question: Question, bounds: Bounds) -> Asked:
         num_unknown_candidates=None if rows is None else int((rows == 0).sum()),
         rules=rules,
         at=None if question.at is None else int(question.at),
-        most_BC=limits_C[None] if np.isfinite(limits_C).any() else None,
+        most_BC=None if question.budget == NO_BUDGET else question.budget.limits_C[None],
         chain=question.chain,
         query=question.query,
     )

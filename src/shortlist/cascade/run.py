@@ -27,6 +27,7 @@ from shortlist.cascade.config import RunConfig
 from shortlist.cascade.indexing import load_indexes, save_indexes, still_valid
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import View
+from shortlist.data.manifest import read_json
 from shortlist.data.schema import Space
 from shortlist.errors import ConfigError, DataError, SnapshotError
 from shortlist.models.base import System, load_weights
@@ -153,7 +154,7 @@ def _read_run(folder: Path, manifest: Manifest, device: torch.device | str) -> R
     dataset = Dataset.load(folder / "dataset")
     config = RunConfig.from_toml(folder / CONFIG)
     known = load_tensors(folder / SYSTEMS / "known_items.safetensors")
-    about = _read_json(folder / SYSTEMS / "systems.json")
+    about = read_json(folder / SYSTEMS / "systems.json", remedy=REMEDY)
     systems = {}
     for name in config.systems:
         path = folder / SYSTEMS / f"{name}.safetensors"
@@ -180,7 +181,7 @@ def _read_run(folder: Path, manifest: Manifest, device: torch.device | str) -> R
         dataset=dataset,
         config=config,
         cascade=Cascade(config, dataset.space, systems, popular=popular, device=device, indexes=load_indexes(folder)),
-        metrics=_read_json(folder / METRICS),
+        metrics=read_json(folder / METRICS, remedy=REMEDY),
         version=manifest.version,
     )
 
@@ -199,11 +200,3 @@ def _check_sizes(folder: Path, dataset: Dataset, popular: Tensor) -> None:
     fits = popular.dtype == torch.int64 and popular.dim() == 1
     if not fits or (len(popular) and not 1 <= int(popular.min()) <= int(popular.max()) <= space.num_items):
         raise SnapshotError(f"{folder / POPULAR} is damaged: it does not hold rows of the catalogue; {REMEDY}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        return content
-    except (OSError, ValueError) as error:
-        raise SnapshotError(f"{path} is missing or damaged ({error}); {REMEDY}") from error

@@ -193,6 +193,7 @@ def request_batch(
     *,
     max_history: int,
     exclude_history: bool = False,
+    key: tuple[str, ...] = (),
 ) -> Batch:
     """A batch of all given requests, without candidates.
 
@@ -202,6 +203,7 @@ def request_batch(
         requests: R of them; B = R.
         max_history: newest events kept per request.
         exclude_history: forbid retrieval of everything in the (uncut) history, for surfaces that never repeat.
+        key: as of the batch.
     """
     start = np.maximum(requests.start, requests.end - max_history)
     index, lengths = ranges(start, requests.end)
@@ -218,6 +220,7 @@ def request_batch(
         user_fields=users.gather(known),
         context={name: torch.from_numpy(np.array(column)) for name, column in requests.context.items()},
         excluded=excluded,
+        key=key,
     )
 
 
@@ -367,15 +370,16 @@ def next_event_batch(
 
 
 def _history(histories: Histories, index: Int, lengths: Int) -> History:
-    columns = {name: _taken(getattr(histories, name), index) for name in ("item", "time", "action", "value", "group")}
+    where = torch.from_numpy(index)
+    columns = {name: _taken(getattr(histories, name), where) for name in ("item", "time", "action", "value", "group")}
     return History(items=Jagged.from_lengths(columns.pop("item"), torch.from_numpy(lengths)), **columns)
 
 
-def _taken(column: NDArray[Any], index: Int) -> Tensor:
+def _taken(column: NDArray[Any], index: Tensor) -> Tensor:
     """column[index] [n] as a tensor; memory maps, which torch can not hold, are read by NumPy."""
     if column.flags.writeable:
-        return torch.from_numpy(column).index_select(0, torch.from_numpy(index))
-    return torch.from_numpy(column[index])
+        return torch.from_numpy(column).index_select(0, index)
+    return torch.from_numpy(column[index.numpy()])
 
 
 def _newest(values: Int, start: Int, stop: Int, *, otherwise: int) -> Int:

@@ -41,6 +41,7 @@ from shortlist.data.infer import CANONICAL, infer_schema
 from shortlist.data.ingested import Ingested, Log, is_simulated
 from shortlist.data.jagged import Jagged
 from shortlist.data.log import EventLog, dense_codes, k_core
+from shortlist.data.manifest import read_json
 from shortlist.data.schema import Categorical, Column, Field, FieldTable, Space
 from shortlist.data.schema_file import Schema
 from shortlist.data.splits import (
@@ -535,12 +536,12 @@ def _write(dataset: Dataset, folder: Path) -> None:
 def _read(folder: Path) -> Dataset:
     schema = Schema.load(folder)
     path = folder / "dataset.json"
+    about = read_json(path, remedy="restore the snapshot or train again")
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
         settings = {**about["config"], **{key: tuple(about["config"][key]) for key in ("target_actions", "context")}}
         config = DataConfig(**settings)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SnapshotError(f"{path} is missing or damaged ({error!r}); restore the snapshot or train again") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SnapshotError(f"{path} is damaged ({error!r}); restore the snapshot or train again") from error
     events = read_arrays(folder / "events.safetensors")
     items = table_of(schema.of("item"), read_arrays(folder / "item_fields.safetensors"))
     users = table_of(schema.of("user"), read_arrays(folder / "user_fields.safetensors"))

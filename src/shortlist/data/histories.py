@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,12 +83,7 @@ class Histories:
         arrays = {}
         for f in fields(cls):
             path = folder / f"{f.name}.npy"
-            try:
-                arrays[f.name] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise SnapshotError(
-                    f"{path} is missing or damaged ({error}); restore the snapshot or train again"
-                ) from error
+            arrays[f.name] = mapped(path, np.float32 if f.name == "value" else np.int64)
         return cls(**arrays)
 
     @classmethod
@@ -178,6 +174,20 @@ class View:
     """Seconds: the cut. No event in `histories` is later, unless the protocol cuts per user."""
     repeats: bool = True
     """True where items already seen may be shown again on this surface."""
+
+
+def mapped(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
+    """An array [n] of the type, memory-mapped from a .npy; SnapshotError names the file where it is missing or holds anything else."""
+    try:
+        found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise SnapshotError(f"{path} is missing or damaged ({error}); restore the snapshot or train again") from error
+    if found.dtype != dtype or found.ndim != 1:
+        raise SnapshotError(
+            f"{path} is damaged: it holds {found.dtype} of shape {found.shape} where a row of {np.dtype(dtype)} belongs; "
+            "restore the snapshot or train again"
+        )
+    return found
 
 
 def ranges(start: Int, end: Int) -> tuple[Int, Int]:

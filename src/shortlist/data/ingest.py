@@ -28,6 +28,7 @@ from shortlist.data.encode import sort_events
 from shortlist.data.histories import Histories, Int
 from shortlist.data.ingested import GROUP, REJECTED, Ingested, is_ingested
 from shortlist.data.log import INGESTED, Quarantine, agreed, as_ids, canonical_events, set_aside, side_table
+from shortlist.data.manifest import write_manifest
 from shortlist.data.roles import Roles, flag, guess_roles
 from shortlist.data.sorting import dense_numbers, first_of_equal, stable_order
 from shortlist.data.staging import LINE, Source, open_source
@@ -112,7 +113,7 @@ def ingest(
         shutil.rmtree(part)
         raise
     _replace(part, folder)
-    return Ingested.load(folder)
+    return Ingested.load(folder, verify=False)
 
 
 def _write(log: _Log, part: Path, rejected: Path, config: IngestConfig, say: Callable[[str], None]) -> None:
@@ -144,6 +145,7 @@ def _write(log: _Log, part: Path, rejected: Path, config: IngestConfig, say: Cal
         **{name: table is not None for name, table in log.tables.items()},
     }  # fmt: skip
     (part / INGESTED).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_manifest(part)
 
 
 def _replace(part: Path, folder: Path) -> None:

@@ -8,24 +8,26 @@ N events, U users.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from shortlist.data.encode import EncodedEvents
-from shortlist.data.histories import Histories, Int
+from shortlist.data.histories import Histories, Int, mapped
 from shortlist.data.log import INGESTED, SIMULATED, EventLog, Quarantine, k_core, read
+from shortlist.data.manifest import read_json, read_manifest
 from shortlist.data.roles import SINGLE_ROLES, Roles, flag
 from shortlist.data.vocabulary import Vocabulary
 from shortlist.errors import DataError, SnapshotError
 
 REJECTED = "rejected.parquet"
 GROUP = "group_id"
+_REMEDY = "ingest the log again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,41 +126,84 @@ class Ingested:
         )  # fmt: skip
 
     @classmethod
-    def load(cls, folder: Path | str) -> Ingested:
-        """From a folder of `ingest`; SnapshotError names a missing or damaged file."""
+    def load(cls, folder: Path | str, *, verify: bool = True) -> Ingested:
+        """From a folder of `ingest`; SnapshotError names a missing or damaged file.
+
+        Args:
+            folder: as given to `ingest`.
+            verify: read every file and compare its digest; without it only presence, size and what fits together are checked.
+        """
         folder = Path(folder)
         recover(folder)
-        path = folder / INGESTED
+        about = read_json(folder / INGESTED, remedy=_REMEDY)
+        read_manifest(folder, remedy=_REMEDY, verify=verify)
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
-            counts, roles = about["quarantined"], Roles(**{**about["roles"], "labels": tuple(about["roles"]["labels"])})
-            row, group = (np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in ("row", GROUP))
-            files = tuple(folder / "events" / name for name in about["files"])
-            events = StoredEvents(files=files, columns=about["columns"], height=len(row), group=group)
-            items, users = (pl.read_parquet(folder / f"{n}.parquet") if about[n] else None for n in ("items", "users"))
-            rejected = folder / REJECTED
-            return cls(
-                folder=folder,
-                events=events,
-                roles=roles,
-                quarantined=_quarantine(counts, rejected),
-                histories=Histories.load(folder / "histories"),
-                row=row,
-                item_ids=Vocabulary.load(folder / "item_ids.parquet"),
-                user_ids=Vocabulary.load(folder / "user_ids.parquet"),
-                actions=tuple(about["actions"]),
-                notes=tuple(about["notes"]),
-                items=items,
-                users=users,
-                source=about["source"],
-                time_unit=about["time_unit"],
-                has_time=about["has_time"],
-                seed=about["seed"],
-            )
+            log = _opened(cls, folder, about)
+        except SnapshotError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+            raise SnapshotError(f"{folder} is damaged: its files do not fit each other ({error}); {_REMEDY}") from error
+        _check(log)
+        return log
+
+
+def _opened(cls: type[Ingested], folder: Path, about: dict[str, Any]) -> Ingested:
+    roles = Roles(**{**about["roles"], "labels": tuple(about["roles"]["labels"])})
+    row, group = (mapped(folder / f"{name}.npy", np.int64) for name in ("row", GROUP))
+    files = tuple(folder / "events" / Path(name).name for name in about["files"])
+    items, users = (pl.read_parquet(folder / f"{n}.parquet") if about[n] else None for n in ("items", "users"))
+    return cls(
+        folder=folder,
+        events=StoredEvents(files=files, columns=about["columns"], height=len(row), group=group),
+        roles=roles,
+        quarantined=_quarantine(about["quarantined"], folder / REJECTED),
+        histories=Histories.load(folder / "histories"),
+        row=row,
+        item_ids=Vocabulary.load(folder / "item_ids.parquet"),
+        user_ids=Vocabulary.load(folder / "user_ids.parquet"),
+        actions=tuple(about["actions"]),
+        notes=tuple(about["notes"]),
+        items=items,
+        users=users,
+        source=about["source"],
+        time_unit=about["time_unit"],
+        has_time=about["has_time"],
+        seed=about["seed"],
+    )
+
+
+def _check(log: Ingested) -> None:
+    """SnapshotError where numbers point beyond what they number, or tables lack what the log's own record says; reads the arrays once."""
+    events, histories, folder = log.events, log.histories, log.folder
+    ranges = {
+        "row.npy": (log.row, 0, events.height - 1),
+        f"{GROUP}.npy": (events.group, 0, events.height - 1),
+        "histories/item.npy": (histories.item, 1, len(log.item_ids)),
+        "histories/action.npy": (histories.action, 1, len(log.actions)),
+    }
+    for name, (found, low, high) in ranges.items():
+        if len(found) != events.height or (len(found) and not low <= int(found.min()) <= int(found.max()) <= high):
             raise SnapshotError(
-                f"{path} or a file beside it is missing or damaged ({error}); ingest the log again"
-            ) from error
+                f"{folder / name} is damaged: it does not hold {events.height:,} numbers from {low} to {high:,}; {_REMEDY}"
+            )
+    offsets = histories.offsets
+    if offsets[0] != 0 or (np.diff(offsets) < 0).any() or len(offsets) != len(log.user_ids) + 2:
+        raise SnapshotError(
+            f"{folder / 'histories' / 'offsets.npy'} is damaged: it does not cut the events by {len(log.user_ids):,} users; {_REMEDY}"
+        )
+    try:
+        rows = pl.scan_parquet(list(events.files)).select(pl.len()).collect().item()
+        lacking = set(events.columns) - {GROUP} - set(pl.read_parquet_schema(events.files[0]))
+    except (OSError, IndexError, pl.exceptions.PolarsError) as error:
+        raise SnapshotError(f"{folder / 'events'} is damaged ({error}); {_REMEDY}") from error
+    if rows != events.height or lacking:
+        fault = f"no column {min(lacking)!r}" if lacking else f"{rows:,} rows where {events.height:,} belong"
+        raise SnapshotError(f"{folder / 'events'} is damaged: it has {fault}; {_REMEDY}")
+    for table, name, ids in ((log.items, "item", log.item_ids), (log.users, "user", log.user_ids)):
+        if table is not None and (f"{name}_id" not in table.columns or table[f"{name}_id"].dtype != ids.ids.dtype):
+            raise SnapshotError(
+                f"{folder / f'{name}s.parquet'} is damaged: it has no {name}_id of type {ids.ids.dtype}; {_REMEDY}"
+            )
 
 
 def is_ingested(folder: Path) -> bool:

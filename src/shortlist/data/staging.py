@@ -12,7 +12,7 @@ from pathlib import Path
 
 import polars as pl
 
-from shortlist.data.tables import Table, csv_layout, load_table, opened, suffix_of
+from shortlist.data.tables import UNREADABLE, Table, csv_layout, load_table, opened, suffix_of, unreadable
 from shortlist.errors import DataError
 
 LINE = "\0line"
@@ -49,7 +49,7 @@ class Source:
                 yield Table(frame=frame.drop(LINE, strict=False), lines=lines, bad=self.bad.clear(), name=self.name)
                 first += frame.height
         except pl.exceptions.PolarsError as error:
-            raise _unreadable(self.name, error) from error
+            raise unreadable(self.name, error) from error
 
 
 def open_source(
@@ -80,15 +80,10 @@ def open_source(
         else:
             return _staged(path, scratch, separator, block_bytes, say)
         lazy.collect_schema()
-    except (pl.exceptions.PolarsError, OSError, EOFError) as error:
-        raise _unreadable(str(path), error) from error
+    except UNREADABLE as error:
+        raise unreadable(str(path), error) from error
     bad = pl.DataFrame(schema={"line": pl.Int64, "reason": pl.String, "row": pl.String})
     return Source(name=str(path), frame=lazy, bad=bad)
-
-
-def _unreadable(name: str, error: Exception) -> DataError:
-    detail = str(error).strip().splitlines()
-    return DataError(f"{name}: not readable ({detail[0] if detail else type(error).__name__}); is the file whole?")
 
 
 # -- text -----------------------------------------------------------------------------------------------------------
@@ -172,8 +167,8 @@ def _blocks(path: Path, block_bytes: int, *, quoted: bool) -> Iterator[bytes]:
                     pieces.append(line)
                     is_open ^= line.count(b'"') % 2 == 1
                 yield b"".join(pieces)
-    except (OSError, EOFError) as error:
-        raise _unreadable(str(path), error) from error
+    except UNREADABLE as error:
+        raise unreadable(str(path), error) from error
 
 
 def _common_types(schemas: list[dict[str, pl.DataType]]) -> tuple[dict[str, pl.DataType], tuple[str, ...]]:

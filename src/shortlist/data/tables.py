@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _MISSING_NUMBERS = (*_MISSING, "NA", "N/A", "n/a", "-", "?")
 _MOVIELENS = ("user_id", "item_id", "rating", "timestamp")
 _BLOCK = 1 << 26
 _HEAD = 1 << 16
+UNREADABLE = (pl.exceptions.PolarsError, OSError, EOFError, zlib.error)
+"""What readers of files give up with."""
 _NOT_BLANK = pl.col("text").str.strip_chars() != ""
 _BAD_SCHEMA = {"line": pl.Int64, "reason": pl.String, "row": pl.String}
 
@@ -69,6 +72,12 @@ def load_table(source: object, *, separator: str | None = None, encoding: str | 
         if isinstance(frame, pl.DataFrame):
             return _from_frame(frame, f"a pyarrow {kind}")
     raise DataError(f"cannot read a table from {package}.{kind}; give a path, or a polars, pandas or pyarrow table.")
+
+
+def unreadable(name: str, error: Exception) -> DataError:
+    """What to raise for a source whose reader gave up, with the first line of its reason."""
+    detail = str(error).strip().splitlines()
+    return DataError(f"{name}: not readable ({detail[0] if detail else type(error).__name__}); is the file whole?")
 
 
 def suffix_of(path: Path) -> str:
@@ -115,11 +124,8 @@ def _load_path(path: Path, separator: str | None, encoding: str | None) -> Table
         if suffix in (".jsonl", ".ndjson", ".json"):
             return _load_json(path)
         return _load_csv(path, separator, encoding)
-    except (pl.exceptions.PolarsError, OSError, EOFError) as error:
-        detail = str(error).strip().splitlines()
-        raise DataError(
-            f"{path}: not readable ({detail[0] if detail else type(error).__name__}); is the file whole?"
-        ) from error
+    except UNREADABLE as error:
+        raise unreadable(str(path), error) from error
 
 
 def _from_frame(frame: pl.DataFrame, name: str) -> Table:
@@ -156,7 +162,7 @@ def _load_json(path: Path) -> Table:
 
 
 def _is_json_object(text: str) -> bool:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return isinstance(json.loads(text), dict)
     return False
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from shortlist.data.manifest import read_json
 from shortlist.errors import ConfigError, SnapshotError
 from shortlist.store.snapshot import MANIFEST, flush, read_snapshot
 
@@ -31,7 +32,8 @@ KEEP = 5
 """Versions that stay in a place where nobody says another number."""
 BESIDE = (".allocation", ".search", ".summaries.*", ".clicks.json", "-report")
 """What belongs to a run and stands beside it: how such a name goes on after that of the run."""
-_VERSION = re.compile(r"([0-9a-f]{12})(?=[.-]|$)")
+_VERSION = re.compile(r"[0-9a-f]{12}")
+_REMEDY = "publish a run to the place again"
 _LOCK, _COPYING, _LEAVING = ".lock", "publishing", "leaving"
 
 
@@ -89,23 +91,26 @@ class Place:
     def state(self) -> State:
         """What is there now; SnapshotError where nothing was published yet, or `current.json` is damaged."""
         path = self.folder / CURRENT
+        if not path.exists():
+            raise SnapshotError(
+                f"{self.folder} holds no published run; publish one with `shortlist publish RUN --to {self.folder}`"
+            )
+        content = read_json(path, remedy=_REMEDY)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             if content["format"] != FORMAT:
                 raise SnapshotError(f"{path} is of format {content['format']} and this version reads format {FORMAT}")
             state = State(
                 current=content["current"], versions=tuple(Version(**version) for version in content["versions"])
             )
-            if state.get(state.current) is None:
-                raise ValueError(f"its current version {state.current!r} is not among its versions")
-        except FileNotFoundError as error:
+            strange = [one.version for one in state.versions if not _is_version(one.version)]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SnapshotError(f"{path} is damaged ({error}); {_REMEDY}") from error
+        if strange:
+            raise SnapshotError(f"{path} is damaged: {strange[0]!r:.80} is no version; {_REMEDY}")
+        if state.get(state.current) is None:
             raise SnapshotError(
-                f"{self.folder} holds no published run; publish one with `shortlist publish RUN --to {self.folder}`"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, SnapshotError):
-                raise
-            raise SnapshotError(f"{path} is damaged ({error}); publish a run to the place again") from error
+                f"{path} is damaged: its current version {state.current!r:.80} is not among its versions; {_REMEDY}"
+            )
         return state
 
     def run(self, version: str) -> Path:
@@ -270,13 +275,18 @@ class Place:
 
 def _is_ours(name: str) -> bool:
     """Whether a name in a place is one that publishing gives: a version, what stands beside one, or `current.json` being written."""
-    return name.startswith(f"{CURRENT}.") or _VERSION.match(name) is not None
+    return name.startswith(f"{CURRENT}.") or _version(name) is not None
 
 
 def _version(name: str) -> str | None:
     """The version that a name in a place belongs to."""
-    found = _VERSION.match(name)
-    return None if found is None else found[1]
+    head = re.split(r"[.-]", name, maxsplit=1)[0]
+    return head if _is_version(head) else None
+
+
+def _is_version(name: object) -> bool:
+    """Whether it is what a snapshot's version looks like, so that a path made with it stays in the place."""
+    return isinstance(name, str) and _VERSION.fullmatch(name) is not None
 
 
 def _beside(run: Path) -> list[Path]:

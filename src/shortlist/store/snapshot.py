@@ -8,55 +8,21 @@ A reader never sees a half-written folder, and a damaged one is refused with the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shortlist._version import __version__
+from shortlist.data.manifest import MANIFEST as MANIFEST
+from shortlist.data.manifest import Manifest as Manifest
+from shortlist.data.manifest import read_manifest, write_manifest
 from shortlist.errors import SnapshotError
 
-MANIFEST = "manifest.json"
-FORMAT = 1
 REMEDY = "restore the snapshot from a copy or train again"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileRecord:
-    """What a file must be."""
-
-    bytes: int
-    """Size."""
-    sha256: str
-    """Digest of the content, hexadecimal."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What a snapshot holds."""
-
-    format: int
-    """Layout of the folder; a reader refuses one it does not know."""
-    written_by: str
-    """Version of this package that wrote it."""
-    written_at: str
-    """When, ISO 8601 in UTC."""
-    files: Mapping[str, FileRecord] = field(default_factory=dict)
-    """Every file but the manifest by its path inside the folder, with forward slashes."""
-
-    @property
-    def version(self) -> str:
-        """Twelve hexadecimal digits that change when any file changes: what answers and logs call the snapshot's version."""
-        lines = "".join(f"{name} {record.sha256}\n" for name, record in sorted(self.files.items()))
-        return hashlib.sha256(lines.encode()).hexdigest()[:12]
 
 
 def write_snapshot(folder: Path, write: Callable[[Path], None]) -> Manifest:
@@ -75,8 +41,7 @@ def write_snapshot(folder: Path, write: Callable[[Path], None]) -> Manifest:
     beside.mkdir(parents=True)
     try:
         write(beside)
-        manifest = _describe(beside)
-        _write_manifest(beside, manifest)
+        manifest = write_manifest(beside)
         flush(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -121,18 +86,11 @@ def read_snapshot(folder: Path, *, verify: bool = True) -> Manifest:
         SnapshotError: the folder, the manifest or a file is missing, damaged or of an unknown format; names the file.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
-    for name, record in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise SnapshotError(f"{path} is missing, though the manifest lists it; {REMEDY}")
-        if path.stat().st_size != record.bytes:
-            raise SnapshotError(
-                f"{path} has {path.stat().st_size:,} bytes where {record.bytes:,} were written; {REMEDY}"
-            )
-        if verify and _digest(path) != record.sha256:
-            raise SnapshotError(f"{path} is damaged: its content is not what was written; {REMEDY}")
-    return manifest
+    if not (folder / MANIFEST).is_file():
+        raise SnapshotError(
+            f"{folder} is not a snapshot: it has no {MANIFEST}; give the folder that `train --out` wrote"
+        )
+    return read_manifest(folder, remedy=REMEDY, verify=verify)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -147,59 +105,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise SnapshotError(f"{path} is missing or damaged ({error}); {REMEDY}") from error
-
-
-def _describe(folder: Path) -> Manifest:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {
-        path.relative_to(folder).as_posix(): FileRecord(bytes=path.stat().st_size, sha256=_digest(path))
-        for path in paths
-    }
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Manifest(format=FORMAT, written_by=__version__, written_at=now, files=files)
-
-
-def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    content = {
-        "format": manifest.format,
-        "written_by": manifest.written_by,
-        "written_at": manifest.written_at,
-        "version": manifest.version,
-        "files": {name: {"bytes": r.bytes, "sha256": r.sha256} for name, r in manifest.files.items()},
-    }
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise SnapshotError(
-            f"{folder} is not a snapshot: it has no {MANIFEST}; give the folder that `train --out` wrote"
-        )
-    try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise SnapshotError(
-                f"{path} is of format {content['format']} and this version reads format {FORMAT}; "
-                f"it was written by version {content['written_by']}: use that version or train again"
-            )
-        manifest = Manifest(
-            format=content["format"],
-            written_by=content["written_by"],
-            written_at=content["written_at"],
-            files={name: FileRecord(**record) for name, record in content["files"].items()},
-        )
-        intact = manifest.version == content["version"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise SnapshotError(f"{path} is damaged ({type(error).__name__}: {error}); {REMEDY}") from error
-    if not intact:
-        raise SnapshotError(f"{path} is damaged: its list of files is not what was written; {REMEDY}")
-    return manifest
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(folder: Path) -> None:

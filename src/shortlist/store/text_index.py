@@ -27,11 +27,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shortlist.data.manifest import read_json
 from shortlist.data.vocabulary import Vocabulary
 from shortlist.errors import ConfigError, SnapshotError
 from shortlist.extras import library
 from shortlist.models.base import nearest
-from shortlist.store.snapshot import read_snapshot, write_snapshot
+from shortlist.store.snapshot import REMEDY, read_snapshot, write_snapshot
 from shortlist.store.text_encoder import TEXTS_SORTED, TextEncoder, same_encoder
 
 Int = NDArray[np.int64]
@@ -368,7 +369,7 @@ class TextIndex:
         Raises SnapshotError: missing, damaged, of other settings or another catalogue; names the file.
         """
         read_snapshot(folder)
-        about = json.loads((folder / "about.json").read_text())
+        about = read_json(folder / "about.json", remedy=REMEDY)
         wanted = {"format": FORMAT, "num_items": num_items, "settings": config.built_in}
         for name, value in wanted.items():
             if about.get(name) != value:

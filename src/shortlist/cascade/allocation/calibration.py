@@ -39,6 +39,7 @@ from shortlist.cascade.run import Run, as_of
 from shortlist.cascade.settings import plain
 from shortlist.data.dataset import Dataset
 from shortlist.data.histories import Requests
+from shortlist.data.manifest import read_json
 from shortlist.errors import ConfigError, ShortlistError, SnapshotError
 from shortlist.metrics.intervals import PairedTest, paired_difference
 from shortlist.registry import find
@@ -256,8 +257,8 @@ def load_allocation(folder: Path, *, version: str) -> Allocation:
         SnapshotError: missing, damaged, of another run, or of an allocator that is not there any more; says what to do.
     """
     read_snapshot(folder)
+    about = read_json(folder / ABOUT, remedy=REMEDY)
     try:
-        about = json.loads((folder / ABOUT).read_text())
         if about["version"] != version:
             raise SnapshotError(f"it was calibrated on another run (version {about['version']}, this one is {version})")
         if about["context_names"] != list(CONTEXT_NAMES):
@@ -271,7 +272,7 @@ def load_allocation(folder: Path, *, version: str) -> Allocation:
             budget=allocator.budget,
             rows_RF=state[ROWS],
         )
-    except (OSError, ValueError, KeyError, TypeError, ShortlistError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # ShortlistError is a ValueError
         reason = str(error) if isinstance(error, ShortlistError) else f"{type(error).__name__}: {error}"
         raise SnapshotError(f"{folder} can not be used: {reason}; {REMEDY}") from error
 

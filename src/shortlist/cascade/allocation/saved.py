@@ -12,6 +12,7 @@ import torch
 
 from shortlist.cascade.allocation.base import Allocator, ChainSet
 from shortlist.cascade.settings import build, plain
+from shortlist.data.manifest import read_json
 from shortlist.errors import ConfigError, DataError, ShortlistError, SnapshotError
 from shortlist.registry import find, systems
 from shortlist.store.snapshot import load_tensors, read_snapshot, save_tensors, write_snapshot
@@ -76,8 +77,8 @@ def load_allocator(folder: Path) -> Allocator:
     """The allocator that `save_allocator` wrote; SnapshotError names the file that is missing, damaged or does not fit."""
     folder = Path(folder)
     read_snapshot(folder)
+    about = read_json(folder / ABOUT, remedy="calibrate again")
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         told = about["chains"]
         chains = ChainSet(
             names=tuple(told["names"]),
@@ -87,7 +88,7 @@ def load_allocator(folder: Path) -> Allocator:
             costs_JC=np.array(told["costs"], dtype=np.float64),
         )
         allocator = make_allocator(about["name"], about["settings"], chains, about["num_features"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ShortlistError) and not isinstance(error, DataError):
             raise
         raise SnapshotError(f"{folder / ABOUT} does not describe an allocator ({error}); calibrate again") from error
