@@ -80,7 +80,7 @@ BATCH = 20
 NEW_DAYS = 21
 """Last days of the log, whose events come in after the training."""
 TELLS_TIME = ("manifest.json", "metrics.json")
-"""Files of a run in which seconds stand, or their digest."""
+"""Files in which seconds stand, or a date, or their digest."""
 TRIES = 5
 """Moments that are drawn for one kill, where commands end before theirs."""
 
@@ -178,11 +178,12 @@ def kill_servers(shop: Shop, run: Path, kills: int, tally: Tally) -> None:
     lot, first = shop.lot("events"), 0
     for workers in (1, 2):
         events = shop.folder / f"events-{workers}.db"
-        wanted, acknowledged = (kills + 1) // 2 if workers == 1 else kills // 2, set[int]()
+        wanted, acknowledged, port = (kills + 1) // 2 if workers == 1 else kills // 2, set[int](), 0
         for turn in range(wanted + 1 if wanted else 0):
             began = time.perf_counter()
             files = ("--events", events, "--request-log", shop.folder / "requests.db", "--workers", workers)
-            with served(run, *files, env=environment(), first=os.setsid) as server:
+            with served(run, *files, env=environment(), first=os.setsid, port=port) as server:
+                port = server.port
                 status, page = ask(server.port, "/v1/recommend/visitor-0")
                 if turn:
                     tally.restart_s.append(time.perf_counter() - began)
@@ -228,11 +229,11 @@ def kill_ingest(shop: Shop, kills: int, tally: Tally) -> None:
         arguments=["ingest", shop.folder / "whole.csv", *shop.tables[1:], "--out", out, "--quiet"], watched=home
     )
     tally.undisturbed_s = command.undisturbed()
-    whole = contents(out)
+    whole = contents(out, TELLS_TIME)
     shutil.rmtree(out)
     Command(arguments=["ingest", *shop.tables, "--out", out], watched=home).undisturbed()
     shutil.move(out, shop.folder / "older")
-    older = contents(shop.folder / "older")
+    older = contents(shop.folder / "older", TELLS_TIME)
     for turn in range(kills):
 
         def reset(with_older: bool = turn % 2 == 1) -> None:
@@ -242,7 +243,7 @@ def kill_ingest(shop: Shop, kills: int, tally: Tally) -> None:
         kill(command, tally, lot, reset)
         recover(out)
         if out.exists():
-            found = contents(out)
+            found = contents(out, TELLS_TIME)
             tally.as_before += found == older
             try:
                 Ingested.load(out)
@@ -256,7 +257,7 @@ def kill_ingest(shop: Shop, kills: int, tally: Tally) -> None:
         else:
             tally.as_before += 1
         fault = command.again()
-        if fault or contents(out) != whole or [path.name for path in home.iterdir()] != ["out"]:
+        if fault or contents(out, TELLS_TIME) != whole or [path.name for path in home.iterdir()] != ["out"]:
             tally.differs(f"ingest again: {fault or 'other files'}")
 
 
