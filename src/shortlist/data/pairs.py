@@ -22,6 +22,8 @@ _LATEST_RATIO = 20.0
 _SMALL = 1e-3
 _LONG, _SHORT, _RATIO = 6.0, 4.0, 3.0
 """Divisors that bring logarithms to 0..1 or little more: 400 days or events give 6, 54 groups 4, a ratio of 20 gives 3."""
+_DIVISORS = torch.tensor([_SHORT, _SHORT, _LONG, _LONG, _SHORT, _LONG, _RATIO, _LONG, _SHORT])[:, None]
+"""In the order in which `pair_fields` stacks what it takes logarithms of."""
 
 PAIR_FIELDS: tuple[Numeric, ...] = tuple(
     Numeric(name=name)
@@ -65,52 +67,56 @@ def pair_fields(batch: Batch, rows: Jagged, *, has_clock: bool = True) -> dict[s
     time_H, group_H, owner_H = (column.index_select(0, order) for column in (history.time, group_H, owner_H))
     opens_H = _changes(key_H)
     pair_H = opens_H.cumsum(0) - 1
-    num_pairs = int(opens_H.sum())
+    first_S = opens_H.nonzero()[:, 0]
+    num_pairs = len(first_S)
+    last_S = torch.cat([first_S[1:], first_S.new_full((1,), len(key_H))])[:num_pairs] - 1
     # A group counts once, however many of its lines hold the item.
     fresh_H = (opens_H | _changes(group_H)).float()
-    first_S = opens_H.nonzero()[:, 0]
-    last_S = torch.cat([first_S[1:], first_S.new_tensor([len(key_H)])])[:num_pairs] - 1
     age_H = ((batch.time.index_select(0, owner_H) - time_H) / unit).clamp(min=0)
     halved_H = fresh_H * torch.exp2(-age_H / _HALF_LIFE)
 
     # Candidates that are not in the history find the empty line that is put behind the pairs; row 0 stands for no item.
     request_C = rows.row_of_value
-    key_S = torch.cat([key_H.index_select(0, first_S), key_H.new_tensor([torch.iinfo(torch.int64).max])])
+    key_S = torch.cat([key_H.index_select(0, first_S), key_H.new_full((1,), torch.iinfo(torch.int64).max)])
     wanted_C = request_C * width + rows.values
     line_C = torch.searchsorted(key_S, wanted_C)
     seen_C = (key_S.index_select(0, line_C) == wanted_C) & (rows.values > 0)
     line_C = torch.where(seen_C, line_C, num_pairs)
 
-    def look_up(value_S: Tensor) -> Tensor:
-        return torch.cat([value_S.float(), value_S.new_zeros(1).float()]).index_select(0, line_C)
+    line_6S = torch.zeros(6, num_pairs + 1, device=age_H.device)
+    line_6S[0, :num_pairs] = torch.bincount(pair_H, minlength=num_pairs)
+    line_6S[1].index_add_(0, pair_H, fresh_H)
+    line_6S[2].index_add_(0, pair_H, halved_H)
+    line_6S[3, :num_pairs] = age_H.index_select(0, last_S)
+    line_6S[4, :num_pairs] = age_H.index_select(0, first_S)
+    line_6S[5, :num_pairs] = group_H.index_select(0, last_S)
+    times, groups, recent, since_last, since_first, last_group = line_6S.index_select(1, line_C).unbind()
+    events, all_groups = torch.stack([events_B, groups_B]).float().index_select(1, request_C).unbind()
 
     seen = seen_C.float()
-    times, groups = (
-        look_up(torch.bincount(pair_H, minlength=num_pairs)),
-        look_up(segment_sum(fresh_H, pair_H, num_pairs)),
-    )
-    since_last, since_first = look_up(age_H.index_select(0, last_S)), look_up(age_H.index_select(0, first_S))
-    events, all_groups = (column.float().index_select(0, request_C) for column in (events_B, groups_B))
-    groups_after = seen * (all_groups - 1 - look_up(group_H[last_S]))
+    groups_after = seen * (all_groups - 1 - last_group)
     several = (groups >= 2).float()
     gap = several * (since_first - since_last) / (groups - 1).clamp(min=1)
     due = several * (since_last / gap.clamp(min=_SMALL)).clamp(max=_LATEST_RATIO)
+    counts = torch.stack([times, groups, since_last, since_first, recent, gap, due, events, all_groups])
+    logs = counts.log1p() / _DIVISORS.to(counts.device)
+    log_times, log_groups, log_last, log_first, log_recent, log_gap, log_due, log_events, log_all = logs.unbind()
     columns = (
         seen,
-        times.log1p() / _SHORT,
-        groups.log1p() / _SHORT,
+        log_times,
+        log_groups,
         times / events.clamp(min=1),
         groups / all_groups.clamp(min=1),
-        since_last.log1p() / _LONG,
-        since_first.log1p() / _LONG,
+        log_last,
+        log_first,
         seen / (1 + since_last),
-        look_up(segment_sum(halved_H, pair_H, num_pairs)).log1p() / _SHORT,
-        gap.log1p() / _LONG,
-        due.log1p() / _RATIO,
+        log_recent,
+        log_gap,
+        log_due,
         seen * (groups_after == 0),
         seen / (1 + groups_after),
-        events.log1p() / _LONG,
-        all_groups.log1p() / _SHORT,
+        log_events,
+        log_all,
     )
     return {field.name: column for field, column in zip(PAIR_FIELDS, columns, strict=True)}
 
@@ -126,6 +132,4 @@ def _group_places(group_H: Tensor, items: Jagged) -> tuple[Tensor, Tensor]:
 
 def _changes(values: Tensor) -> Tensor:
     """True [n] where a value differs from the one before it, and at the start."""
-    changes = torch.ones(len(values), dtype=torch.bool, device=values.device)
-    changes[1:] = values[1:] != values[:-1]
-    return changes
+    return torch.cat([values.new_ones(min(len(values), 1), dtype=torch.bool), values[1:] != values[:-1]])
