@@ -134,3 +134,9 @@ def test_what_was_asked_while_evaluating_serves_training_too():
     (weight[jagged.row_of_value] ** 2).sum().backward()  # an inference tensor could not be kept for this
     assert weight.grad is not None
     assert weight.grad.tolist() == [4.0, 2.0]
+
+
+def test_rows_made_while_evaluating_keep_what_follows_from_them():
+    with torch.inference_mode():
+        jagged = Jagged.from_rows([[3, 1], [2]])
+        assert jagged.row_of_value is jagged.row_of_value

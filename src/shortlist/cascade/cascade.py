@@ -482,7 +482,7 @@ class Cascade:
 
     def _chain(self, chain: str | Chain | None) -> Chain:
         if chain is None:
-            return self.config.default_chain
+            return self._default_chain
         return chain if isinstance(chain, Chain) else self.config.chain(chain)
 
     def _page_size(self, k: int | None) -> int:
@@ -493,13 +493,19 @@ class Cascade:
 
     def _last_reader(self, chain: Chain) -> int:
         """Number of the last stage that reads pair fields; 0 where none does."""
-        return max((n for n, action in enumerate(chain.actions) if self._reads_pairs(action)), default=0)
+        readers = self._pair_readers
+        return max((n for n, action in enumerate(chain.actions) if not readers.isdisjoint(action.systems)), default=0)
 
-    def _reads_pairs(self, action: Action) -> bool:
-        """Rankers always may; other systems say so."""
-        return any(
-            isinstance(self.systems[name], Ranker) or "pair" in self.config.systems[name].entry.needs
-            for name in action.systems
+    @cached_property
+    def _default_chain(self) -> Chain:
+        return self.config.default_chain
+
+    @cached_property
+    def _pair_readers(self) -> frozenset[str]:
+        """Systems that read pair fields: rankers always may; others say so."""
+        choices = {name: choice for name, choice in self.config.systems.items() if name in self.systems}
+        return frozenset(
+            n for n, c in choices.items() if isinstance(self.systems[n], Ranker) or "pair" in c.entry.needs
         )
 
     def _sizes(self, funnel: _Funnel) -> tuple[float, float, int]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shortlist.cascade.ads import Ads, AdsConfig
@@ -416,6 +417,7 @@ class Engine:
             )
         return asked if asked.query is None else find(live, asked, self.config.search)
 
+    @torch.inference_mode()
     def _answer(
         self, live: Live, asked: Asked, began: float, *, log: bool, deadline_ms: float | None = None
     ) -> list[Answer]:

@@ -56,7 +56,8 @@ def find_out(live: Live, events: EventStore | None, asked: Asked, *, stale_days:
     excludes = days is None and not (live.repeats if asked.rules.seen is None else asked.rules.seen == "keep")
     # What systems read, unless all that was seen is to be left out or the question is of an earlier moment.
     all_of_it = excludes or days is not None or asked.at is not None or not live.dataset.space.has_clock
-    newest = None if all_of_it else live.cascade.max_history
+    most = live.cascade.max_history
+    newest = None if all_of_it else most
     named = asked.sent is None and asked.at is None and all(user is not None for user in asked.users)
     try:
         keys = tuple(live.key(user) for user in asked.users) if named else ()
@@ -69,7 +70,7 @@ def find_out(live: Live, events: EventStore | None, asked: Asked, *, stale_days:
             histories,
             live.user_fields,
             requests,
-            max_history=live.cascade.max_history,
+            max_history=most,
             exclude_history=excludes,
             key=keys,
         )

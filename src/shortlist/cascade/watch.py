@@ -88,7 +88,7 @@ class Watch:
         if still >= MOST_LEFT:
             self.problems.append(Problem(f"{what} was not started: {still} late calls of it still run"))
             return None
-        box: _Box[T] = _Box()
+        box: _Box[T] = _Box(torch.is_inference_mode_enabled())
         thread = threading.Thread(target=box.fill, args=(work,), daemon=True, name=f"cascade-{what}")
         thread.start()
         thread.join(left)
@@ -118,13 +118,15 @@ class Watch:
 class _Box(Generic[T]):
     """What a worker thread leaves behind."""
 
+    in_inference: bool
+    """Whether who waits is in inference mode."""
     result: T | None = None
     error: Exception | None = None
     done: bool = False
 
     def fill(self, work: Callable[[], T]) -> None:
         try:
-            with torch.no_grad():  # gradient mode belongs to a thread
+            with torch.no_grad(), torch.inference_mode(self.in_inference):  # modes belong to a thread
                 self.result = work()
         except Exception as error:
             self.error = error

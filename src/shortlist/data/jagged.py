@@ -76,8 +76,9 @@ class Jagged:
         return kept
 
     def _keep(self, name: str, known: Tensor) -> Tensor:
-        # Two threads may both work it out, to the same end. A tensor made in inference mode is of no use to a later backward pass.
-        if not known.is_inference():
+        # Two threads may both work it out, to the same end. A tensor made in inference mode is of no use to a later backward pass, in which
+        # rows that were made outside of it may have a part.
+        if self.offsets.is_inference() or not known.is_inference():
             object.__setattr__(self, name, known)
         return known
 
