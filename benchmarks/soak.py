@@ -12,7 +12,8 @@ open loop asks at `--share` of it:
 
 Users come at a rate that fills whatever grows with them: the result says how many there were. What is bounded is filled to its bound
 before the half hour begins (ids whose rows are remembered) or in its first fifth (memories), so that what is left to see is growth without
-a bound. Samples of /proc are taken every 5 seconds; the first fifth is not looked at. Errors are answers other than 200, and none in time.
+a bound. Samples of /proc are taken every 5 seconds; the first fifth is not looked at. Intervals are by means of stretches of time, since
+samples resemble their neighbours (_memory.py). Errors are answers other than 200, and none in time.
 
 The rule, fixed before any run was looked at, for resident memory (RSS) and for what is the process's alone (USS):
 
@@ -93,7 +94,7 @@ MEMORY_MIB = 8
 """Bound of memories in the process, and in the file."""
 REMEMBERED_IDS = 200_000
 """Ids whose rows a server remembers at most; see cascade/pasts.py."""
-EVENTS_PER_BATCH = 200
+EVENTS_PER_BATCH = 400
 SAMPLE_S, WINDOW_S = 5.0, 15.0
 WARM_UP = 0.2
 """Share of the time that slopes leave out."""
@@ -308,17 +309,16 @@ def memory(samples: list[Sample], rate: float) -> dict[str, Any]:
         per_request = slope_of(at_s[late] * rate, value[late])
         hourly = 3_600 * rate / MIB
         told[name] = {
-            "first_mib": round(value[0] / MIB, 1),
-            "warm_mib": round(value[late][0] / MIB, 1),
-            "last_mib": round(value[-1] / MIB, 1),
-            "most_mib": round(value.max() / MIB, 1),
+            "first_mib": round(float(value[0]) / MIB, 1),
+            "warm_mib": round(float(value[late][0]) / MIB, 1),
+            "last_mib": round(float(value[-1]) / MIB, 1),
+            "most_mib": round(float(value.max()) / MIB, 1),
             "slope_mib_per_hour": [
                 round(part * hourly, 2) for part in (per_request.slope, per_request.low, per_request.high)
             ],
             "slope_bytes_per_request": [
                 round(part, 2) for part in (per_request.slope, per_request.low, per_request.high)
             ],
-            "lag_samples": per_request.lag,
             "verdict": verdict(per_request),
         }
     return told

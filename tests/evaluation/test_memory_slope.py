@@ -1,0 +1,62 @@
+"""Samples of a process and the slope through them, as benchmarks/soak.py uses them (benchmarks/_memory.py, which is no package)."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def memory():
+    path = Path(__file__).parents[2] / "benchmarks" / "_memory.py"
+    spec = importlib.util.spec_from_file_location("benchmark_memory", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmark_memory"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["benchmark_memory"]
+
+
+def wandering(lot, n, keep):
+    """Values each of which has a share of the one before."""
+    value = np.zeros(n)
+    for place in range(1, n):
+        value[place] = keep * value[place - 1] + lot.normal()
+    return value
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.8])
+@pytest.mark.parametrize("slope", [0.0, 0.3])
+def test_the_interval_holds_the_slope_though_neighbours_resemble_each_other(memory, keep, slope):
+    lot, at, hits = np.random.default_rng(0), np.arange(288.0), 0
+    for _ in range(300):
+        found = memory.slope_of(at, slope * at + wandering(lot, len(at), keep))
+        assert found.slope == pytest.approx(slope, abs=0.06)
+        hits += found.low <= slope <= found.high
+    assert 0.91 < hits / 300 < 0.98
+
+
+def test_a_straight_line_is_found_exactly_and_too_few_samples_are_refused(memory):
+    found = memory.slope_of(np.arange(50.0), 7 + 2.5 * np.arange(50.0))
+    assert (found.slope, found.low, found.high) == pytest.approx((2.5, 2.5, 2.5))
+    with pytest.raises(ValueError, match="at least 12 samples, got 9"):
+        memory.slope_of(np.arange(9.0), np.arange(9.0))
+
+
+def test_a_sample_sees_memory_files_and_sizes_of_a_process(memory, tmp_path):
+    (tmp_path / "a.db").write_bytes(bytes(300))
+    (tmp_path / "a.db-wal").write_bytes(bytes(40))
+    before = memory.sample(os.getpid(), {"a": tmp_path / "a.db", "b": tmp_path / "none.db"})
+    held = np.ones(30 * MIB, dtype=np.uint8)
+    with (tmp_path / "a.db").open():
+        after = memory.sample(os.getpid(), {})
+    assert before.sizes == {"a": 340, "b": 0}
+    assert after.num_files == before.num_files + 1
+    for name in ("rss", "uss", "anonymous"):
+        assert 25 * MIB < getattr(after, name) - getattr(before, name) < 40 * MIB
+    assert held.sum() == 30 * MIB
