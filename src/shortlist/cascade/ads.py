@@ -7,7 +7,7 @@
     scores     the run's ranking stage scores all candidates for this user
     chances    the run's calibration makes probabilities of a click of them           cascade/click_chance.py
     bidders    campaigns that run and have money                                      cascade/bidders.py
-    pacing     bids follow what each campaign has spent of its plan, the plan traffic cascade/pacing.py
+    pacing     bids follow how each spends beside its plan, plans follow traffic      cascade/pacing.py
     auction    places by bid x chance, at the next one's price                        cascade/auction.py
     money      the prices are set aside before anybody sees an ad                     store/campaigns.py
 
