@@ -6,6 +6,7 @@ from engine_support import FIRST_ITEM, shop_live
 from shortlist.cascade.ads import AdsConfig
 from shortlist.cascade.click_chance import Calibration, judged_systems
 from shortlist.cascade.engine import Engine, EngineConfig
+from shortlist.cascade.live import Live
 from shortlist.store.ads import Campaign
 from shortlist.store.events import EventStore
 
@@ -31,9 +32,9 @@ def by_hand(version: str, systems: tuple[str, ...], *, weight: float = 0.0, bias
     )
 
 
-def ads_engine(folder, *, weight: float = 0.0, config: AdsConfig | None = None) -> Engine:
-    """An engine over the small shop that keeps campaigns in `folder`."""
-    live = shop_live()
+def ads_engine(folder, *, weight: float = 0.0, config: AdsConfig | None = None, live: Live | None = None) -> Engine:
+    """An engine over the small shop, or another run, that keeps campaigns in `folder`."""
+    live = live or shop_live()
     engine = Engine(
         live, events=EventStore(folder / "events.db"), config=EngineConfig(ads=config or AdsConfig(), memory_mib=0)
     )

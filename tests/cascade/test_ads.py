@@ -5,15 +5,20 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 
 from ads_support import ITEMS, ads_engine, by_hand, campaign
-from engine_support import FIRST_ITEM, NUM_ITEMS, break_system, raising, shop_live
+from engine_support import FIRST_ITEM, NUM_ITEMS, break_system, prepared_cascade, raising, shop_frames, shop_live
 from shortlist.cascade.ads import AdCandidate, AdsConfig
 from shortlist.cascade.auction import AuctionConfig
 from shortlist.cascade.click_chance import judged_systems
 from shortlist.cascade.engine import Engine
+from shortlist.cascade.live import Live
+from shortlist.cascade.pacing import EVEN, PacingConfig
 from shortlist.cascade.rules import Rules
+from shortlist.data.dataset import build_dataset
+from shortlist.data.log import read
 from shortlist.errors import ConfigError, DataError
 from shortlist.store.ads import Campaign
 from shortlist.store.events import StoreUnavailable
@@ -143,6 +148,51 @@ def test_throttled_campaigns_take_part_by_lot(tmp_path):
             assert answer.propensity == pytest.approx(0.5, abs=0.01)
             assert answer.removed == ({} if took else {"pacing": 1})
             assert answer.ads[0].propensity == pytest.approx(0.5 if took else 1.0, abs=0.01)
+
+
+def evening_shop():
+    """The shop with two of three events after 18:00 UTC, the others before 6:00; and how many events every hour has."""
+    events, items = shop_frames()
+    rng = np.random.default_rng(0)
+    hours = np.where(rng.random(len(events)) < 2 / 3, 18, 0) + rng.integers(0, 6, len(events))
+    days = events["timestamp"].dt.truncate("1d")
+    moved = events.with_columns(timestamp=days + pl.duration(hours=pl.Series(hours), minutes=7))
+    dataset = build_dataset(read(moved, items=items))
+    return Live(dataset, prepared_cascade(dataset), "evenings"), np.bincount(hours, minlength=24)
+
+
+@pytest.mark.parametrize(("plan", "spent", "wins"), [("traffic", 40, False), ("even", 40, True), ("traffic", 30, True)])
+def test_plans_follow_the_hours_of_the_runs_log(tmp_path, monkeypatch, plan, spent, wins):
+    """At 18:00 a third of the day's visitors have come, and three quarters of the day are over."""
+    live, count_H = evening_shop()
+    midnight = 20_000 * 86_400.0
+    monkeypatch.setattr(time, "time", lambda: midnight + 18 * 3_600)
+    with ads_engine(tmp_path, config=AdsConfig(pacing=PacingConfig(plan=plan)), live=live) as engine:
+        told = engine.ads.traffic(live)
+        assert told == pytest.approx(count_H / count_H.sum(), abs=0.01)
+        assert told[:18].sum() == pytest.approx(1 / 3, abs=0.05)
+        assert told.min() > 0
+        engine.ads.kept.put(campaign("day", budget=100.0, start=midnight, end=midnight + 86_400), campaign("other"))
+        engine.ads.kept._database.write(
+            lambda c: c.exec_driver_sql(f"UPDATE ad_campaigns SET spent = {spent * 1_000_000} WHERE campaign = 'day'")
+        )
+        answer = engine.ads("user-3", 2)
+        assert ("day" in {ad.campaign for ad in answer.ads}) == wins
+        assert answer.removed == ({} if wins else {"pacing": 1})
+
+
+def test_a_log_of_dates_has_even_plans(engine):
+    """All events of the shop are between 0:00 and 1:00."""
+    assert engine.ads.traffic(engine.live) is EVEN
+
+
+def test_a_log_without_times_has_even_plans(tmp_path):
+    events, items = shop_frames()
+    dataset = build_dataset(read(events.drop("timestamp"), items=items))
+    assert not dataset.space.has_clock
+    live = Live(dataset, prepared_cascade(dataset), "order")
+    with ads_engine(tmp_path, live=live) as engine:
+        assert engine.ads.traffic(live) is EVEN
 
 
 def test_ads_of_a_campaign_per_user_and_day(engine):

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shortlist.cascade.live import Live
-from shortlist.cascade.pacing import PacingConfig, factors_of, is_running
+from shortlist.cascade.pacing import EVEN, Float, PacingConfig, factors_of, is_running
 from shortlist.data.histories import Int
 from shortlist.data.vocabulary import Id
 from shortlist.errors import DataError
@@ -93,6 +93,7 @@ def enter(
     pacing: PacingConfig,
     most: int,
     rng: np.random.Generator,
+    traffic_H: Float = EVEN,
 ) -> Bidders:
     """Those who take part at a moment.
 
@@ -105,6 +106,7 @@ def enter(
         pacing: how spend follows the plans.
         most: candidates that stay, those with the highest bids.
         rng: of the lots.
+        traffic_H: [24] shares of traffic by hour of the day, see pacing.py.
     """
     names = list(wishes)
     if not names:
@@ -113,7 +115,7 @@ def enter(
     lengths_G = np.array([len(rows) for rows, _ in wishes.values()])
     campaign_C = np.repeat(np.arange(len(names)), lengths_G)
     row_C, wished_C = (np.concatenate(parts) for parts in zip(*wishes.values()))
-    money = _Money.of(accounts_G, now, reserve, pacing)
+    money = _Money.of(accounts_G, now, reserve, pacing, traffic_H)
     runs_G = np.array([name not in ended and (a is None or is_running(a, now)) for name, a in zip(names, accounts_G)])
     poor_G = money.left_G < money.needed_G
     lot_G = rng.random(len(names))
@@ -172,12 +174,14 @@ class _Money:
     throttled_G: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, accounts_G: Sequence[Account | None], now: float, reserve: float, pacing: PacingConfig) -> _Money:
+    def of(
+        cls, accounts_G: Sequence[Account | None], now: float, reserve: float, pacing: PacingConfig, traffic_H: Float
+    ) -> _Money:
         """Of campaigns at a moment."""
         registered = [account for account in accounts_G if account is not None]
         is_registered_G = np.array([account is not None for account in accounts_G])
         factor_G, left_G = np.ones(len(accounts_G)), np.full(len(accounts_G), np.iinfo(np.int64).max)
-        factor_G[is_registered_G] = factors_of(registered, now, pacing)
+        factor_G[is_registered_G] = factors_of(registered, now, pacing, traffic_H)
         left_G[is_registered_G] = [account.left for account in registered]
         own_G = np.array([0.0 if account is None else account.campaign.reserve for account in accounts_G])
         least_G = np.rint(np.maximum(own_G, reserve) * MICROS).astype(np.int64)
