@@ -91,7 +91,9 @@ def _rrf(place: Tensor) -> Tensor:
 def _repeats(rows_BC: Tensor) -> bool:
     """Whether any request's list holds an item twice."""
     by_row_BC = rows_BC.sort(dim=1).values
-    return bool(((by_row_BC[:, 1:] == by_row_BC[:, :-1]) & (by_row_BC[:, 1:] > 0)).any())
+    next_BC = by_row_BC[:, 1:]
+    same_BC = next_BC == by_row_BC[:, :-1]
+    return bool(same_BC.any()) and bool((same_BC & (next_BC > 0)).any())
 
 
 def _first(rows_BC: Tensor, keep: int) -> tuple[Jagged, Tensor]:

@@ -217,7 +217,7 @@ class Dataset:
         time = last + 1
         if at is not None and self.space.has_clock:
             time = np.full(len(rows), at, dtype=np.int64)
-            if np.any(last > time):
+            if (last > time).any():
                 index, lengths = ranges(start, end)
                 owner = np.repeat(np.arange(len(rows)), lengths)
                 end = start + np.bincount(owner[past.time[index] <= time[owner]], minlength=len(rows))
