@@ -1,7 +1,7 @@
 """Batches against loops over users and events; histories include users without events and with one group."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -217,6 +217,15 @@ def test_other_candidates_drop_old_labels_and_weights():
     assert again.candidate_rows is rows
     with pytest.raises(ValueError, match="no candidates"):
         _ = batch.candidate_rows
+
+
+def test_other_candidates_leave_all_of_the_requests():
+    batch = batch_of()
+    batch = replace(batch, excluded=batch.history.items, context={"hour": batch.time}, key=("who",) * batch.size)
+    again = batch.with_candidates(Jagged.from_rows([[1]] * batch.size))
+    of_candidates = {"candidates", "labels", "weight", "sample_kind", "emitted_at", "criteria"}
+    for name in {f.name for f in fields(batch)} - of_candidates:
+        assert getattr(again, name) is getattr(batch, name), name
 
 
 def test_a_batch_moves_as_a_whole():

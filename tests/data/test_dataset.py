@@ -253,6 +253,29 @@ def test_a_request_without_a_moment_follows_the_last_event(dataset):
     assert asked.time[1] == dataset.histories.time.max() + 1
 
 
+def test_a_past_read_where_it_stands_is_the_past_that_was_copied(dataset):
+    """Some users have events after the moment, some none before it, and one is not known."""
+    rows = np.array([3, 0, 1, 7, 3])
+    log = dataset.histories
+    spans = (log.offsets[rows], log.offsets[rows + 1])
+    users = [None] * len(rows)
+    for at in (None, int(np.median(log.time)), np.array([START, 0, START + 10**9, int(np.median(log.time)), 5])):
+        past, copied = dataset.requests_for(users, rows=rows, at=at)
+        same, standing = dataset.requests_for(users, rows=rows, at=at, histories=log, spans=spans)
+        assert same is log
+        assert standing.time.tolist() == copied.time.tolist()
+        one = request_batch(past, dataset.users, copied, max_history=4, exclude_history=True)
+        other = request_batch(log, dataset.users, standing, max_history=4, exclude_history=True)
+        for name in ("time", "action", "value"):
+            assert torch.equal(getattr(one.history, name), getattr(other.history, name))
+        assert torch.equal(one.history.items.values, other.history.items.values)
+        assert torch.equal(one.history.items.offsets, other.history.items.offsets)
+        assert torch.equal(one.excluded.values, other.excluded.values)
+        assert torch.equal(one.context["hour"], other.context["hour"])
+    with pytest.raises(DataError, match="one history per user"):
+        dataset.requests_for(users, rows=rows, histories=log)
+
+
 def test_serving_refuses_what_does_not_fit(dataset):
     with pytest.raises(DataError, match="'phone'"):
         dataset.requests_for(["u1"], context={"phone": ["a"]})

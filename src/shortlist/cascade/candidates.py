@@ -91,7 +91,9 @@ def _rrf(place: Tensor) -> Tensor:
 def _repeats(rows_BC: Tensor) -> bool:
     """Whether any request's list holds an item twice."""
     by_row_BC = rows_BC.sort(dim=1).values
-    return bool(((by_row_BC[:, 1:] == by_row_BC[:, :-1]) & (by_row_BC[:, 1:] > 0)).any())
+    next_BC = by_row_BC[:, 1:]
+    same_BC = next_BC == by_row_BC[:, :-1]
+    return bool(same_BC.any()) and bool((same_BC & (next_BC > 0)).any())
 
 
 def _first(rows_BC: Tensor, keep: int) -> tuple[Jagged, Tensor]:
@@ -108,14 +110,14 @@ def best_first(rows: Jagged, scores: Tensor, keep: int | None = None) -> Tensor:
     order = scores.argsort(descending=True, stable=True)
     if rows.num_rows == 1:  # nothing to tell apart
         return order[:keep]
-    order = order[rows.row_of_value[order].argsort(stable=True)]
+    order = order.index_select(0, rows.row_of_value.index_select(0, order).argsort(stable=True))
     return order if keep is None else order[rows.position_of_value < keep]
 
 
 def take(rows: Jagged, index: Tensor) -> Jagged:
     """The candidates at `index` [kept], which runs request by request."""
-    counts = torch.bincount(rows.row_of_value[index], minlength=rows.num_rows)
-    return Jagged.from_lengths(rows.values[index], counts)
+    counts = torch.bincount(rows.row_of_value.index_select(0, index), minlength=rows.num_rows)
+    return Jagged.from_lengths(rows.values.index_select(0, index), counts)
 
 
 def finite(rows: Jagged, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,13 +195,24 @@ def contained(rows: Jagged, others: Jagged) -> Tensor:
     return torch.isin(rows.row_of_value * width + rows.values, others.row_of_value * width + others.values)
 
 
-def mean_score(rows: Jagged, given_ST: Tensor, bad_SB: Tensor) -> Tensor:
-    """[total] one system's scores as they are; of several the mean of standardised ones, without the requests where a system is bad."""
-    if len(given_ST) == 1:
-        return given_ST[0] + 0.0  # -0 becomes 0, as in a mean
-    value_ST, _ = standardise(rows, given_ST)
-    weight_ST = (~bad_SB).float().index_select(1, rows.row_of_value)
-    return (value_ST * weight_ST).sum(0) / weight_ST.sum(0).clamp(min=1)
+def mean_score(rows: Jagged, given: Sequence[Tensor], bad: Sequence[Tensor], before: Tensor) -> Tensor:
+    """What to order candidates by, float32 [total]: one system's scores as they are, or the mean of several's, standardised.
+
+    Args:
+        rows: candidates of B requests.
+        given: finite scores [total] of each system; one at least.
+        bad: bool [B] for each system: requests where its scores do not count.
+        before: [total], what stands where no system's do.
+    """
+    if len(given) == 1:
+        mean, all_bad_B = given[0] + 0.0, bad[0]  # -0 becomes 0, as in a mean
+    else:
+        bad_SB, (value_ST, _) = torch.stack(list(bad)), standardise(rows, torch.stack(list(given)))
+        weight_ST = (~bad_SB).float().index_select(1, rows.row_of_value)
+        mean, all_bad_B = (value_ST * weight_ST).sum(0) / weight_ST.sum(0).clamp(min=1), bad_SB.all(0)
+    if not bool(all_bad_B.any()):
+        return mean
+    return torch.where(all_bad_B.index_select(0, rows.row_of_value), before, mean)
 
 
 def by_item(rows: Jagged) -> Tensor:

@@ -118,19 +118,19 @@ class Page:
     def reports(self) -> list[list[StageReport]]:
         """By request, then by stage."""
         num_requests = len(self.rows)
-        columns = [(t.num_received.tolist(), t.rows.lengths.tolist()) for t in self.traces]
+        received = [trace.num_received.tolist() for trace in self.traces]
         return [
             [
                 StageReport(
                     stage=trace.name,
                     systems=trace.systems,
-                    num_received=received[request],
-                    num_kept=kept[request],
+                    num_received=of_stage[request],
+                    num_kept=len(trace.of(request)[0]),
                     spent_ms=trace.spent_ms / num_requests,
                     spent_mflop=trace.flops / 1e6,
                     degraded=trace.degraded(request) if trace.problems else None,
                 )
-                for trace, (received, kept) in zip(self.traces, columns)
+                for trace, of_stage in zip(self.traces, received)
             ]
             for request in range(num_requests)
         ]
@@ -159,9 +159,9 @@ class _Funnel:
 
     def cut(self, index: Tensor, scores: Tensor) -> None:
         """Keep the candidates at `index`, which runs request by request, ordered by `scores` [total before]."""
-        self.rows, self.scores = take(self.rows, index), scores[index]
+        self.rows, self.scores = take(self.rows, index), scores.index_select(0, index)
         self.pair_PT = None if self.pair_PT is None else self.pair_PT.index_select(1, index)
-        self.raw = {name: column[index] for name, column in self.raw.items()}
+        self.raw = {name: column.index_select(0, index) for name, column in self.raw.items()}
 
     def note(self, raw: Mapping[str, Tensor]) -> None:
         """Keep the scores of systems, and make their pair fields."""
@@ -411,10 +411,7 @@ class Cascade:
         funnel.note(raw)
         scores = funnel.scores
         if raw:
-            bad_SB = torch.stack([bad[name] for name in raw])
-            mean = mean_score(funnel.rows, torch.stack(list(raw.values())), bad_SB)
-            # Where all failed, the order before stands.
-            scores = torch.where(bad_SB.all(0).index_select(0, funnel.rows.row_of_value), scores, mean)
+            scores = mean_score(funnel.rows, list(raw.values()), [bad[name] for name in raw], scores)
         funnel.cut(best_first(funnel.rows, scores, keep), scores)
 
     def _rerank(self, funnel: _Funnel, name: str, keep: int, watch: Watch) -> None:
@@ -469,7 +466,7 @@ class Cascade:
                 f"allowed must say yes or no for {self.space.num_items + 1} catalogue rows, got {len(allowed)}"
             )
         blocked = Blocked(self.space.num_items, batch.excluded, None if allowed is None else allowed.to(self.device))
-        nothing = Jagged.from_lengths(batch.user[:0], torch.zeros_like(batch.user))
+        nothing = Jagged(batch.user[:0], batch.user.new_zeros(batch.size + 1))
         return _Funnel(batch, blocked, nothing, torch.zeros(0, device=self.device))
 
     def _recall(self, name: str, watch: Watch) -> Recall | None:
@@ -530,15 +527,15 @@ class Cascade:
         self, funnel: _Funnel, traces: Sequence[StageTrace], k: int, *, may_search: bool
     ) -> tuple[Tensor, Tensor]:
         """The first k items of every request; gaps are filled from the stages before, then by popularity."""
-        place_k = torch.arange(k, device=self.device)
-        real_Bk = place_k < funnel.rows.lengths[:, None]
-        index = (funnel.rows.offsets[:-1, None] + place_k)[real_Bk]
-        rows_Bk = torch.zeros(real_Bk.shape, dtype=torch.int64, device=self.device)
-        rows_Bk[real_Bk] = funnel.rows.values.index_select(0, index)
-        scores_Bk = torch.full(real_Bk.shape, -torch.inf, device=self.device)
-        scores_Bk[real_Bk] = funnel.scores.index_select(0, index)
-        short = (rows_Bk == 0).any(1).nonzero()[:, 0]
-        if len(short):
+        rows, scores, offsets = funnel.rows.values, funnel.scores, funnel.rows.offsets
+        # Where a request has no more, the index is that of what is put behind all candidates.
+        index_Bk = offsets[:-1, None] + torch.arange(k, device=self.device)
+        index_Bk = index_Bk.masked_fill_(index_Bk >= offsets[1:, None], len(scores))
+        rows_Bk = torch.cat([rows, rows.new_zeros(1)])[index_Bk]
+        scores_Bk = torch.cat([scores, scores.new_full((1,), -torch.inf)])[index_Bk]
+        gaps_Bk = rows_Bk == 0
+        if bool(gaps_Bk.any()):
+            short = gaps_Bk.any(1).nonzero()[:, 0]
             columns = [rows_Bk[short], *(trace.rows.select(short).padded()[0] for trace in reversed(traces))]
             if may_search:
                 count = sum(part.shape[1] for part in columns) + k

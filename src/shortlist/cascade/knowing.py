@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,9 +63,9 @@ def find_out(live: Live, events: EventStore | None, asked: Asked, *, stale_days:
     try:
         keys = tuple(live.key(user) for user in asked.users) if named else ()
         rows = live.users(asked.users)
-        past, moments = _pasts(live, events, asked, rows, now, newest, stale_days, problems)
+        past = _past_of(live, events, asked, rows, now, newest, stale_days, problems)
         histories, requests = live.dataset.requests_for(
-            asked.users, rows=rows, at=moments, histories=past, context=asked.context
+            asked.users, rows=rows, at=past.moments, histories=past.histories, spans=past.spans, context=asked.context
         )
         batch = request_batch(
             histories,
@@ -79,14 +80,23 @@ def find_out(live: Live, events: EventStore | None, asked: Asked, *, stale_days:
     except Exception as error:  # a request always gets a page
         problems.append(reason_of("the user's past could not be read", error))
         return Known(batch=None, num_history=[0] * len(asked.users), moments=[int(now)] * len(asked.users))
-    known = requests.end - requests.start
-    if newest is not None and asked.sent is None:
-        offsets = np.asarray(live.dataset.histories.offsets)
-        known = known + np.maximum(offsets[rows + 1] - offsets[rows] - newest, 0)
-    return Known(batch=batch, num_history=known.tolist(), moments=moments.tolist())
+    known = requests.end - requests.start + past.unread
+    return Known(batch=batch, num_history=known.tolist(), moments=past.moments.tolist())
 
 
-def _pasts(
+class _Past(NamedTuple):
+    """What happened before B questions."""
+
+    histories: Histories
+    spans: tuple[Int, Int]
+    """[B] first event of each user in `histories`, and [B] one past the last."""
+    moments: Int
+    """[B] seconds: when each is asked about."""
+    unread: Int | int
+    """[B] older events that were left out of `histories`."""
+
+
+def _past_of(
     live: Live,
     events: EventStore | None,
     asked: Asked,
@@ -95,8 +105,9 @@ def _pasts(
     newest: int | None,
     stale_days: float,
     problems: list[str],
-) -> tuple[Histories, Int]:
-    """Histories of B users, and the moment [B] each is asked about."""
+) -> _Past:
+    """What happened before; where nothing is newer than the log, it is read where it stands."""
+    log, has_clock = live.dataset.histories, live.dataset.space.has_clock
     newer: Newer | None = None
     if asked.sent is not None:
         rows = np.zeros_like(rows)  # what the request says stands in place of what is on record
@@ -107,14 +118,22 @@ def _pasts(
             newer = stored(live, events, asked.users)
         except StoreUnavailable as error:
             problems.append(f"recent events are missing: {error}")
-    past = pasts(live.dataset.histories, rows, newer, has_clock=live.dataset.space.has_clock, newest=newest)
+    offsets = np.asarray(log.offsets)
+    spans, unread = (offsets[rows], offsets[rows + 1]), 0
+    if newer is not None:
+        if newest is not None:
+            unread = np.maximum(spans[1] - spans[0] - newest, 0)
+        log = pasts(log, rows, newer, has_clock=has_clock, newest=newest)
+        spans = (log.offsets[1:-1], log.offsets[2:])
     if asked.at is not None:
-        return past, np.full(len(rows), asked.at, dtype=np.int64)
+        return _Past(log, spans, np.full(len(rows), asked.at, dtype=np.int64), unread)
     is_stale = now - live.log_end > stale_days * _DAY_S
     moments = np.full(len(rows), live.log_end if is_stale else int(now), dtype=np.int64)
     if newer is not None:
         moments[newer.user] = int(now)
-    return past, np.maximum(moments, _last_times(past)) if live.dataset.space.has_clock else moments
+    if has_clock:
+        moments = np.maximum(moments, _last_times(log, *spans))
+    return _Past(log, spans, moments, unread)
 
 
 def stored(live: Live, events: EventStore | None, users: Sequence[Id | None]) -> Newer | None:
@@ -122,12 +141,11 @@ def stored(live: Live, events: EventStore | None, users: Sequence[Id | None]) ->
     return None if events is None else newer_stored(events, users, live.items, live.action_ids)
 
 
-def _last_times(past: Histories) -> Int:
-    """int64 [B]: time of each user's newest event; 0 without one."""
-    start, end = past.offsets[1:-1], past.offsets[2:]
+def _last_times(past: Histories, start: Int, end: Int) -> Int:
+    """int64 [B]: time of the newest event of each span; 0 without one."""
     if not past.num_events:
         return np.zeros(len(start), dtype=np.int64)
-    return np.where(end > start, past.time[np.maximum(end - 1, 0)], 0)
+    return np.where(end > start, np.asarray(past.time)[end - 1], 0)
 
 
 def rulings_of(live: Live, asked: Asked, known: Known) -> list[Ruling]:

@@ -120,8 +120,8 @@ def pasts(log: Histories, rows: Int, newer: Newer | None, *, has_clock: bool, ne
     first, stop = ends[rows], ends[rows + 1]
     start = first if newest is None or not has_clock else np.maximum(first, stop - newest)
     index, lengths = ranges(start, stop)
-    owner = np.repeat(np.arange(len(rows)), lengths)
     item, time = np.asarray(log.item)[index], np.asarray(log.time)[index]
+    owner = np.zeros(0, dtype=np.int64) if newer is None else np.repeat(np.arange(len(rows)), lengths)
     if newer is not None and len(newer.item):
         newer = newer.keep(newer.item > 0)
         if has_clock:
@@ -130,7 +130,8 @@ def pasts(log: Histories, rows: Int, newer: Newer | None, *, has_clock: bool, ne
                 newer = newer.keep(newer.time_ms // MS > oldest[newer.user])
             newer = newer.keep(~_same(newer.user, newer.item, newer.time_ms // MS, owner, item, time))
     if newer is None or not len(newer.item):
-        offsets = np.concatenate([[0, 0], np.cumsum(lengths)]).astype(np.int64)
+        offsets = np.zeros(len(rows) + 2, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[2:])
         columns = {name: np.asarray(getattr(log, name))[index] for name in ("group", "action", "value")}
         return Histories(offsets=offsets, item=item, time=time, **columns)
     group = _runs(owner, log.group[index])

@@ -131,15 +131,18 @@ class Batch:
         self, rows: Jagged, pair: Mapping[str, Tensor] | None = None, labels: Mapping[str, Tensor] | None = None
     ) -> Batch:
         """The same requests with other candidates."""
-        candidates = Candidates(rows=rows, pair=pair or {})
-        return replace(
-            self,
-            candidates=candidates,
+        # Written out, since `replace` takes longer than what a light system does with the candidates.
+        return Batch(
+            user=self.user,
+            time=self.time,
+            history=self.history,
+            user_fields=self.user_fields,
+            context=self.context,
+            excluded=self.excluded,
+            targets=self.targets,
+            key=self.key,
+            candidates=Candidates(rows=rows, pair=pair or {}),
             labels=labels or {},
-            weight=None,
-            sample_kind=None,
-            emitted_at=None,
-            criteria=(),
         )
 
     def select(self, index: Tensor) -> Batch:
@@ -379,7 +382,7 @@ def _taken(column: NDArray[Any], index: Tensor) -> Tensor:
     """column[index] [n] as a tensor; memory maps, which torch can not hold, are read by NumPy."""
     if column.flags.writeable:
         return torch.from_numpy(column).index_select(0, index)
-    return torch.from_numpy(column[index.numpy()])
+    return torch.from_numpy(np.asarray(column)[index.numpy()])
 
 
 def _newest(values: Int, start: Int, stop: Int, *, otherwise: int) -> Int:

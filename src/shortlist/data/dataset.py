@@ -35,7 +35,7 @@ from shortlist.data.arrays import (
 )
 from shortlist.data.encode import EncodedEvents, column_of, encode_events, events_of
 from shortlist.data.fields import field_table, first_rows, stacked
-from shortlist.data.histories import Histories, Int, Requests, View
+from shortlist.data.histories import Histories, Int, Requests, View, ranges
 from shortlist.data.impressions import Impressions, logged_impressions
 from shortlist.data.infer import CANONICAL, infer_schema
 from shortlist.data.ingested import Ingested, Log, is_simulated
@@ -187,6 +187,7 @@ class Dataset:
         rows: Int | None = None,
         at: int | Sequence[int] | Int | None = None,
         histories: Histories | None = None,
+        spans: tuple[Int, Int] | None = None,
         context: Mapping[str, Sequence[Any]] | None = None,
     ) -> tuple[Histories, Requests]:
         """Requests without targets, for serving: B users, each with what is known of them at the moment `at`.
@@ -196,27 +197,30 @@ class Dataset:
             rows: [B] their rows, where the caller has looked them up already.
             at: seconds, one or [B]; later events are not read. None = one second after each history's last event.
             histories: user row i + 1 = the past of users[i], made with `sort_events`; None = what the log says.
+            spans: [B] first event of each user's past in `histories`, and [B] one past its last, in place of their rows: so a past can be
+                read where it stands.
             context: raw values [B] of declared context columns; missing ones are unknown.
 
         Returns: the histories that the requests point into, and B requests.
         """
         rows = self.user_ids.encode(users) if rows is None else rows
         past = self._pasts(rows) if histories is None else histories
-        if past.num_users != len(rows):
+        if spans is None and past.num_users != len(rows):
             raise DataError(
                 f"{len(rows)} users were asked for, histories of {past.num_users} were given; give one history per user"
             )
-        start, end = past.offsets[1:-1], past.offsets[2:]
-        last = np.where(
-            end > start, past.time[np.maximum(end - 1, 0)] if past.num_events else 0, self.plan.now["end"] - 1
-        )
-        time = last + 1 if at is None else np.broadcast_to(np.asarray(at, dtype=np.int64), (len(rows),)).copy()
-        if self.space.has_clock:
-            early = past.time <= np.repeat(time, end - start)
-            end = start + np.bincount(past.user_of_event[early] - 1, minlength=len(rows))
-        else:
-            # Without a clock a moment is a place in the user's order: all that was given has happened.
-            time = last + 1
+        start, end = (past.offsets[1:-1], past.offsets[2:]) if spans is None else spans
+        last = np.full(len(rows), self.plan.now["end"] - 1)
+        if past.num_events:
+            last = np.where(end > start, np.asarray(past.time)[end - 1], last)
+        # Without a clock a moment is a place in the user's order: all that was given has happened.
+        time = last + 1
+        if at is not None and self.space.has_clock:
+            time = np.full(len(rows), at, dtype=np.int64)
+            if (last > time).any():
+                index, lengths = ranges(start, end)
+                owner = np.repeat(np.arange(len(rows)), lengths)
+                end = start + np.bincount(owner[past.time[index] <= time[owner]], minlength=len(rows))
         requests = Requests(
             user=rows,
             time=time,

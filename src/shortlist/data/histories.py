@@ -193,5 +193,6 @@ def mapped(path: Path, dtype: type[np.generic]) -> NDArray[Any]:
 def ranges(start: Int, end: Int) -> tuple[Int, Int]:
     """Indices start[i] .. end[i] of all rows end to end, and the lengths [B]; a row that ends before it starts is empty."""
     lengths = np.maximum(end - start, 0)
-    shift = start - (np.cumsum(lengths) - lengths)
-    return np.arange(lengths.sum()) + np.repeat(shift, lengths), lengths
+    ends = lengths.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + (start - ends + lengths).repeat(lengths), lengths
