@@ -375,7 +375,9 @@ def next_event_batch(
 def _history(histories: Histories, index: Int, lengths: Int) -> History:
     where = torch.from_numpy(index)
     columns = {name: _taken(getattr(histories, name), where) for name in ("item", "time", "action", "value", "group")}
-    return History(items=Jagged.from_lengths(columns.pop("item"), torch.from_numpy(lengths)), **columns)
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    lengths.cumsum(out=offsets[1:])
+    return History(items=Jagged(columns.pop("item"), torch.from_numpy(offsets)), **columns)
 
 
 def _taken(column: NDArray[Any], index: Tensor) -> Tensor:

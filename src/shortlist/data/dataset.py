@@ -210,12 +210,11 @@ class Dataset:
                 f"{len(rows)} users were asked for, histories of {past.num_users} were given; give one history per user"
             )
         start, end = (past.offsets[1:-1], past.offsets[2:]) if spans is None else spans
-        last = np.full(len(rows), self.plan.now["end"] - 1)
-        if past.num_events:
-            last = np.where(end > start, np.asarray(past.time)[end - 1], last)
-        # Without a clock a moment is a place in the user's order: all that was given has happened.
-        time = last + 1
-        if at is not None and self.space.has_clock:
+        last = np.asarray(past.time)[end - 1] if past.num_events else np.zeros(len(rows), dtype=np.int64)
+        if at is None or not self.space.has_clock:
+            # Without a clock a moment is a place in the user's order: all that was given has happened.
+            time = np.where(end > start, last, self.plan.now["end"] - 1) + 1
+        else:
             time = np.full(len(rows), at, dtype=np.int64)
             if (last > time).any():
                 index, lengths = ranges(start, end)
