@@ -367,7 +367,7 @@ def test_a_broken_event_store_leaves_the_history_of_the_snapshot(engine):
 
 
 def test_an_unreadable_past_leaves_the_popular_items(monkeypatch, live):
-    monkeypatch.setattr(knowing_module, "pasts", raising)
+    monkeypatch.setattr(knowing_module, "request_batch", raising)
     answer = Engine(live).recommend("user-3", 6)
     assert len(answer.items) == 6
     assert answer.degraded.startswith("the user's past could not be read")

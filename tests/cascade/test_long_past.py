@@ -93,8 +93,33 @@ def test_the_answer_is_that_of_the_whole_past(engine, monkeypatch, num_recorded)
         assert getattr(of_newest, told) == getattr(of_all, told)
     assert of_newest.num_history == NUM_EVENTS + num_recorded
     assert of_newest.degraded is None
-    assert all_events == [NUM_EVENTS + num_recorded]
-    assert few_events == [PAIR_HISTORY + num_recorded]
+    if num_recorded:
+        assert all_events == [NUM_EVENTS + num_recorded]
+        assert few_events == [PAIR_HISTORY + num_recorded]
+    else:  # read where it stands, without a copy
+        assert all_events == few_events == []
+        batch = engine.traced(LONG).batch
+        assert batch is not None
+        assert batch.history.items.lengths.tolist() == [PAIR_HISTORY]
+
+
+@pytest.mark.parametrize("rules", [None, Rules(seen="drop"), Rules(seen_days=30.0)])
+@pytest.mark.parametrize("at", [None, "earlier"])
+def test_a_past_read_where_it_stands_is_the_past_that_is_copied(engine, monkeypatch, rules, at):
+    """Events of items that the catalogue lacks change nothing, but with them the past is put together anew."""
+    now = engine.live.log_end + 5.0 * DAY
+    monkeypatch.setattr(time, "time", lambda: now)
+    moment = None if at is None else engine.live.log_end - 3 * DAY
+    users = (LONG, "user-3")
+    standing = [engine.recommend(user, rules=rules, at=moment) for user in users]
+    engine.record([Event(user=user, item="no such thing", timestamp=now - 60) for user in users])
+    engine.live.cascade.memories.forget(LONG)
+    with watched() as sizes:
+        copied = [engine.recommend(user, rules=rules, at=moment) for user in users]
+    assert len(sizes) == 2
+    for one, other in zip(standing, copied, strict=True):
+        for told in ("items", "at", "degraded", "removed", "num_history"):
+            assert getattr(one, told) == getattr(other, told)
 
 
 def test_the_newest_events_are_shown_without_reading_the_others(engine):
