@@ -8,6 +8,7 @@ from shortlist.cascade.allocation.base import Budget
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.governor import Allotted, Decision
 from shortlist.cascade.questions import Question, check, together
+from shortlist.cascade.request_log import RequestLog
 from shortlist.cascade.rules import Rules
 from shortlist.errors import ConfigError
 
@@ -74,6 +75,15 @@ def test_the_last_resort_obeys_the_question_s_rules(engine):
     other = engine.last_resort(Question(user="user-1", k=4, rules=Rules(deny=(first,))), "late")
     assert first not in [item.item_id for item in other.items]
     assert len(other.items) == 4
+
+
+def test_the_last_resort_is_in_the_request_log(engine, tmp_path):
+    engine.request_log = RequestLog(tmp_path / "requests.db")
+    answer = engine.last_resort(Question(user="user-1", k=4), "late")
+    found = engine.request_log.find(answer.request_id)
+    engine.request_log.close()
+    assert found["page"] == [item.item_id for item in answer.items]
+    assert (found["chain"], found["reason"], found["degraded"]) == ("popular", "fallback", "late")
 
 
 def test_what_goes_wrong_with_one_chain_is_not_told_to_the_requests_of_another(engine, monkeypatch):

@@ -241,12 +241,19 @@ def test_workers_that_hang_for_good_are_replaced_up_to_a_bound(monkeypatch):
     batcher.close()
 
 
+class OutOfOrder:
+    """Fails whatever is asked of it."""
+
+    def __getattr__(self, name):
+        raising()
+
+
 @pytest.mark.parametrize("part", ["_known", "_page"])
 def test_a_fault_around_the_cascade(served, part, live):
     """Faults in what reads the past, and in the cascade as a whole."""
     client, _ = served(live, time_limit_ms=PATIENT_MS)
     if part == "_known":
-        object.__setattr__(live, "users", raising)
+        object.__setattr__(live, "users", OutOfOrder())
     else:
         object.__setattr__(live.cascade, "run", raising)
     answer = page(client)

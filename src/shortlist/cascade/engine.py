@@ -307,7 +307,10 @@ class Engine:
         known = Known(batch=None, num_history=[0], moments=[int(time.time())])
         rulings = rulings_of(live, asked, known)
         page = popular_page(live, longer(asked), known, rulings[0].allowed)
-        return _told(live, asked, known, rulings, [Allotted(reason="fallback")], page, [reason], began)[1][0]
+        page, (answer,) = _told(live, asked, known, rulings, [Allotted(reason="fallback")], page, [reason], began)
+        if self.request_log is not None:
+            self.request_log.add(logged(page, answer, 0, asked, 0, live.rules), live.ids)
+        return answer
 
     def answered(self, latency_ms: float, *, failed: bool = False) -> None:
         """Tell how long a caller waited and whether for nothing; what chains the server can afford follows it."""
