@@ -416,7 +416,7 @@ def test_dropped_log_lines_are_stated(tmp_path):
     with TestClient(create_app(engine)) as client:
         for _ in range(6):
             assert len(ids(client.get("/v1/recommend/user-3"))) == 6
-        assert metric(client, "shortlist_request_log_dropped_total") >= 4
+        assert metric(client, "shortlist_request_log_dropped_total") >= 3  # the writer holds two at most, and one waits
     blocked.set()
     engine.close()
 
