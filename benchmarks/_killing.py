@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from _server import ONE_THREAD, environment
+
 LOOK_S = 0.002
 """Seconds between looks for the first trace of a command."""
 
@@ -53,11 +55,6 @@ class Tally:
         self.problems.append(problem)
 
 
-def environment() -> dict[str, str]:
-    """Of this process, so that the command finds the same package; one thread each."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """A command of `shortlist` that writes beneath a folder."""
@@ -86,7 +83,7 @@ class Command:
 
     def again(self) -> str | None:
         """Run it to its end; what it said where it failed."""
-        done = subprocess.run(_words(self.arguments), capture_output=True, text=True, env=environment())
+        done = subprocess.run(_words(self.arguments), capture_output=True, text=True, env=environment(ONE_THREAD))
         return None if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"
 
     def _begun(self) -> tuple[subprocess.Popen[str], float]:
@@ -97,7 +94,7 @@ class Command:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment(),
+            env=environment(ONE_THREAD),
             start_new_session=True,
         )
         while process.poll() is None and names(self.watched) == before:

@@ -13,6 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""Variables of a process that computes with one thread."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
@@ -27,6 +30,11 @@ def on_core(core: int) -> None:
     """Keep this process on one core, where there is more than one."""
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[core % len(cores)]})
+
+
+def environment(own: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Of this process, so that another one finds the same package; and variables of its own."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(own or {})}
 
 
 @contextmanager
@@ -47,7 +55,7 @@ def served(
         [sys.executable, "-m", "shortlist.cli", "serve", *map(str, arguments), "--port", str(port)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(env or {})},
+        env=environment(env),
         preexec_fn=first,
     )
     try:

@@ -40,7 +40,8 @@ import torch
 
 from _damage import CHANGES, Lot, code_ran, seal
 from _dirt import DIRT, shop_rows
-from _killing import contents, environment
+from _killing import contents
+from _server import ONE_THREAD, environment
 from shortlist.cascade.allocation.calibration import allocation_path, calibrate, save_allocation
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
@@ -308,7 +309,9 @@ def by_command(artifact: Artifact, copy: Path, outcome: Outcome) -> Outcome:
     """The same through the command line, which must come to the same end."""
     command, *options = artifact.command
     words = [sys.executable, "-m", "shortlist.cli", command, str(copy / artifact.opened), *options]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(ONE_THREAD)
+    )
     assert process.stdout is not None
     first = process.stdout.readline()
     if command == "serve":
@@ -409,7 +412,7 @@ def log_by_command(outcome: Outcome, scratch: Path) -> Outcome:
     path = next(scratch.glob("log*"))
     for words in (("check", path, "--json"), ("ingest", path, "--out", scratch / "again", "--json", "--quiet")):
         command = [sys.executable, "-m", "shortlist.cli", *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment())
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(ONE_THREAD))
         fault = "code ran" if code_ran() else ""
         if outcome.end == "refused by one":
             continue

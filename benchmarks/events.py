@@ -14,7 +14,6 @@ import argparse
 import http.client
 import json
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -28,7 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from _server import served
+from _server import ONE_THREAD, served
+from _services import services, started
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.data.dataset import build_dataset
@@ -38,7 +38,6 @@ from shortlist.evaluation.evidence import machine_lock
 from shortlist.store.events import Event, EventStore
 
 RESULT = Path(__file__).parent / "results" / "events.json"
-TESTS = Path(__file__).parents[1] / "tests"
 GOAL = 20_000
 SIZE = 100
 RUN = """
@@ -86,16 +85,10 @@ def postgres(given: str | None, folder: Path) -> Iterator[Callable[[], str]]:
     if given is not None:
         yield lambda: given
         return
-    sys.path.insert(0, str(TESTS))
-    import services
-
-    services.install()
-    service = services.Postgres(str(folder))
-    try:
-        service.start()
+    module = services()
+    module.install()
+    with started(partial(module.Postgres, str(folder))) as service:
         yield service.schema
-    finally:
-        service.close()
 
 
 def in_turns(arms: dict[str, Callable[[], Any]], num_batches: int) -> list[dict[str, Any]]:
@@ -160,7 +153,7 @@ def measure(folder: Path, given: str | None, num_batches: int) -> list[dict[str,
         for name, place in places.items():
             (folder / name).mkdir()
             files = ("--events", place, "--request-log", folder / name / "requests.db")
-            ports[name] = stack.enter_context(served(run, *files, env={"OMP_NUM_THREADS": "1"})).port
+            ports[name] = stack.enter_context(served(run, *files, env=ONE_THREAD)).port
 
         def append(name: str) -> None:
             stores[name].append(next(sources[name]))

@@ -29,14 +29,13 @@ import os
 import re
 import shutil
 import sqlite3
-import sys
 import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +44,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from _server import Served, on_core, served
+from _server import ONE_THREAD, Served, on_core, served
+from _services import services, started
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
 from shortlist.data.dataset import Dataset, build_dataset
@@ -340,29 +340,6 @@ def index_arms(place: Place, served_version: str, damaged: str) -> list[Arm]:
     ]
 
 
-def services() -> tuple[Any, str | None]:
-    """The module that starts PostgreSQL and Redis, and why it can not be used; None where it can."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
-    import services as found
-
-    try:
-        found.install()
-    except found.CanNotBeHad as error:
-        return found, str(error)
-    return found, None
-
-
-@contextmanager
-def started(kind: Callable[[], Any]) -> Iterator[Any]:
-    """A service that runs."""
-    service = kind()
-    try:
-        service.start()
-        yield service
-    finally:
-        service.close()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Lab:
     """What all arms share."""
@@ -393,7 +370,7 @@ class Lab:
         log = self.folder / f"{run.name}-{len(os.listdir(self.folder))}.requests.db"
         own = ("--events", events, "--request-log", log, "--time-limit-ms", self.load.limit_ms)
         done = []
-        with served(run, *own, *options, env={"OMP_NUM_THREADS": "1"}, first=partial(on_core, 1)) as server:
+        with served(run, *own, *options, env=ONE_THREAD, first=partial(on_core, 1)) as server:
             self.load.warm(server.port)
             for arm in arms:
                 done.append(run_arm(arm, server, self.load, self.actor, self.fault_s, events))
@@ -424,9 +401,11 @@ def all_arms(lab: Lab) -> list[dict[str, Any]]:
 
 def service_measured(lab: Lab) -> list[dict[str, Any]]:
     """Arms of PostgreSQL and Redis, or why there are none."""
-    module, missing = services()
-    if missing is not None:
-        return [{"arm": name, "not_available": missing} for name in ("postgres", "redis")]
+    module = services()
+    try:
+        module.install()
+    except module.CanNotBeHad as error:
+        return [{"arm": name, "not_available": str(error)} for name in ("postgres", "redis")]
     done: list[dict[str, Any]] = []
     if lab.wants("postgres hangs gone"):
         with started(module.Postgres) as postgres:

@@ -37,8 +37,8 @@ import numpy as np
 import polars as pl
 import torch
 
-from _killing import Command, Tally, contents, environment
-from _server import ask, served
+from _killing import Command, Tally, contents
+from _server import ONE_THREAD, ask, served
 from shortlist.cascade.live import load_live
 from shortlist.data.datasets import load
 from shortlist.data.ingested import Ingested, recover
@@ -183,7 +183,7 @@ def kill_servers(shop: Shop, run: Path, kills: int, tally: Tally) -> None:
         for turn in range(wanted + 1 if wanted else 0):
             began = time.perf_counter()
             files = ("--events", events, "--request-log", shop.folder / "requests.db", "--workers", workers)
-            with served(run, *files, env=environment(), first=os.setsid, port=port) as server:
+            with served(run, *files, env=ONE_THREAD, first=os.setsid, port=port) as server:
                 port = server.port
                 status, page = ask(server.port, "/v1/recommend/visitor-0")
                 if turn:
@@ -308,7 +308,7 @@ def kill_publish(shop: Shop, runs: list[Path], kills: int, tally: Tally) -> None
         "--request-log",
         shop.folder / "publish" / "requests.db",
     )
-    with served(place.folder, *files, env=environment()) as server:
+    with served(place.folder, *files, env=ONE_THREAD) as server:
         reader = Reader(server.port, set(versions), tally)
         for turn in range(kills):
             old, new = turn % 2, 1 - turn % 2

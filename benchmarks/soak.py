@@ -44,10 +44,9 @@ import numpy as np
 import torch
 
 from _memory import MIB, Sample, Sampler, Slope, slope_of
-from _server import Served, on_core, served
+from _server import ONE_THREAD, Served, environment, on_core, served
 from shortlist.cascade.build import train_cascade
 from shortlist.cascade.config import RunConfig
-from shortlist.cascade.last_resort import LAST_RESORT
 from shortlist.data.dataset import Dataset, build_dataset
 from shortlist.data.datasets import load
 from shortlist.evaluation.benchmarks import record
@@ -131,8 +130,7 @@ class Mix:
                 page = json.loads(body)
                 num_degraded += page["degraded"] is not None
                 self.chains[page["chain"]] += 1
-                if page["chain"] != LAST_RESORT:  # such a page is not in the request log
-                    self.answered.append(page["request_id"])
+                self.answered.append(page["request_id"])
         return num_degraded
 
     def batch(self, count: int) -> Post:
@@ -250,7 +248,7 @@ def make_run(folder: Path) -> Dataset:
     dataset = build_dataset(load("builtin"), config.data_settings)
     train_cascade(dataset, config, folder, progress=False)
     command = [sys.executable, "-m", "shortlist.cli", "calibrate", str(folder)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment())
     return dataset
 
 
@@ -340,7 +338,7 @@ def measure(
         files["memories"],
     ]
     options += ["--memory-mib", MEMORY_MIB, "--memories-mib", MEMORY_MIB, "--time-limit-ms", LIMIT_MS]
-    with served(run, *options, env={"OMP_NUM_THREADS": "1"}, first=partial(on_core, 1)) as server:
+    with served(run, *options, env=ONE_THREAD, first=partial(on_core, 1)) as server:
         fill(server.port, mix, 4_500 if quick else REMEMBERED_IDS + 10_000)
         bears = capacity(server.port, mix, 150 if quick else 2_000)
         before = mix.num_users, mix.num_events

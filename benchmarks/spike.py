@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from _server import on_core, served
+from _server import ONE_THREAD, on_core, served
 from shortlist.cascade.engine import LAST_RESORT
 from shortlist.data.datasets import load
 from shortlist.evaluation.benchmarks import record
@@ -65,7 +65,7 @@ def server(run: Path, flags: list[str], limit_ms: float) -> Iterator[int]:
     with tempfile.TemporaryDirectory() as folder:
         files = ("--events", f"{folder}/events.db", "--request-log", f"{folder}/requests.db")
         limit = ("--time-limit-ms", f"{limit_ms:g}")
-        with served(run, *limit, *files, *flags, env={"OMP_NUM_THREADS": "1"}, first=lambda: on_core(1)) as made:
+        with served(run, *limit, *files, *flags, env=ONE_THREAD, first=lambda: on_core(1)) as made:
             yield made.port
 
 

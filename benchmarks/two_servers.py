@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from _killing import environment
-from _server import ask, served
+from _server import ONE_THREAD, ask, served
+from _services import services, started
 from kills import make_shop
 from shortlist.evaluation.benchmarks import record
 from shortlist.evaluation.evidence import machine_lock
@@ -35,19 +34,14 @@ BAR_MS = 1_000.0
 @contextmanager
 def stores(folder: Path) -> Iterator[dict[str, object]]:
     """Where events may be kept, by kind."""
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
-    import services
-
-    with ExitStack() as stack:
-        found: dict[str, object] = {"file": folder / "events.db"}
-        if services.program("postgres") is None:
-            print("PostgreSQL is not installed, so only the file is measured: make services")
-        else:
-            postgres = services.Postgres()
-            stack.callback(postgres.close)
-            postgres.start()
-            found["postgresql"] = postgres.schema()
+    module = services()
+    found: dict[str, object] = {"file": folder / "events.db"}
+    if module.program("postgres") is None:
+        print("PostgreSQL is not installed, so only the file is measured: make services")
         yield found
+        return
+    with started(module.Postgres) as postgres:
+        yield {**found, "postgresql": postgres.schema()}
 
 
 def measure(run: Path, events: object, rounds: int) -> dict[str, Any]:
@@ -56,7 +50,7 @@ def measure(run: Path, events: object, rounds: int) -> dict[str, Any]:
     with ExitStack() as stack:
         ports = [
             stack.enter_context(
-                served(run, "--events", events, "--request-log", run.with_name(f"{n}.db"), env=environment())
+                served(run, "--events", events, "--request-log", run.with_name(f"{n}.db"), env=ONE_THREAD)
             ).port
             for n in range(2)
         ]

@@ -168,7 +168,7 @@ def test_plans_follow_the_hours_of_the_runs_log(tmp_path, monkeypatch, plan, spe
     midnight = 20_000 * 86_400.0
     monkeypatch.setattr(time, "time", lambda: midnight + 18 * 3_600)
     with ads_engine(tmp_path, config=AdsConfig(pacing=PacingConfig(plan=plan)), live=live) as engine:
-        told = engine.ads.traffic(live)
+        told = live.traffic_H
         assert told == pytest.approx(count_H / count_H.sum(), abs=0.01)
         assert told[:18].sum() == pytest.approx(1 / 3, abs=0.05)
         assert told.min() > 0
@@ -183,16 +183,14 @@ def test_plans_follow_the_hours_of_the_runs_log(tmp_path, monkeypatch, plan, spe
 
 def test_a_log_of_dates_has_even_plans(engine):
     """All events of the shop are between 0:00 and 1:00."""
-    assert engine.ads.traffic(engine.live) is EVEN
+    assert engine.live.traffic_H is EVEN
 
 
-def test_a_log_without_times_has_even_plans(tmp_path):
+def test_a_log_without_times_has_even_plans():
     events, items = shop_frames()
     dataset = build_dataset(read(events.drop("timestamp"), items=items))
     assert not dataset.space.has_clock
-    live = Live(dataset, prepared_cascade(dataset), "order")
-    with ads_engine(tmp_path, live=live) as engine:
-        assert engine.ads.traffic(live) is EVEN
+    assert Live(dataset, prepared_cascade(dataset), "order").traffic_H is EVEN
 
 
 def test_ads_of_a_campaign_per_user_and_day(engine):

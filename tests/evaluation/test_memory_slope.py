@@ -1,26 +1,19 @@
 """Samples of a process and the slope through them, as benchmarks/soak.py uses them (benchmarks/_memory.py, which is no package)."""
 
-import importlib.util
 import mmap
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+
+from cli_support import benchmark
 
 MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
 def memory():
-    path = Path(__file__).parents[2] / "benchmarks" / "_memory.py"
-    spec = importlib.util.spec_from_file_location("benchmark_memory", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_memory"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["benchmark_memory"]
+    return benchmark("_memory")
 
 
 def wandering(lot, n, keep):

@@ -1,13 +1,10 @@
 """Requests that a machine makes up from the API's description: the short form of benchmarks/api_fuzz.py, without a port."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from cli_support import benchmark
 from engine_support import raising, shop_live
 from shortlist.cascade.engine import Engine
 from shortlist.cascade.request_log import RequestLog
@@ -21,13 +18,7 @@ pytest.importorskip("schemathesis")
 
 @pytest.fixture(scope="module")
 def api_fuzz():
-    """benchmarks/api_fuzz.py, which is no package."""
-    path = Path(__file__).parents[2] / "benchmarks" / "api_fuzz.py"
-    spec = importlib.util.spec_from_file_location("api_fuzz", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["api_fuzz"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("api_fuzz")
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from shortlist.cascade.click_chance import Calibration, clicks_path, judged_syst
 from shortlist.cascade.knowing import Known, reason_of, rulings_of
 from shortlist.cascade.live import Live
 from shortlist.cascade.meter import StageReport
-from shortlist.cascade.pacing import EVEN, PacingConfig, traffic_of
+from shortlist.cascade.pacing import PacingConfig
 from shortlist.cascade.pasts import PastEvent
 from shortlist.cascade.questions import Asked, Question, check
 from shortlist.cascade.rules import NO_RULES, Rules
@@ -151,7 +151,6 @@ class Ads:
         self._looked = 0.0
         self._calibration: Calibration | None = None
         self._rows: dict[str, tuple[Campaign, Live, Int]] = {}
-        self._traffic: tuple[Live, Float] | None = None
 
     def __call__(
         self,
@@ -250,15 +249,6 @@ class Ads:
         """Take a calibration from memory, for a run that has no folder."""
         self._calibration = calibration
 
-    def traffic(self, live: Live) -> Float:
-        """[24] shares of the traffic by hour of the day (UTC) in the log of a run, which plans follow; worked out once for each run."""
-        found = self._traffic
-        if found is None or found[0] is not live:
-            dataset = live.dataset
-            shares_H = traffic_of(np.asarray(dataset.histories.time)) if dataset.space.has_clock else EVEN
-            found = self._traffic = (live, shares_H)
-        return found[1]
-
     # -- who takes part ------------------------------------------------------------------------------------------
 
     def _check(
@@ -314,7 +304,7 @@ class Ads:
             pacing=self.config.pacing,
             most=self.config.max_candidates,
             rng=np.random.default_rng(int(request_id, 16)),
-            traffic_H=self.traffic(live),
+            traffic_H=live.traffic_H,
         )
 
     def _rows_of(self, live: Live, campaign: Campaign) -> Int:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from shortlist.cascade.attributes import Attributes
 from shortlist.cascade.cascade import Cascade
 from shortlist.cascade.governor import Governor
+from shortlist.cascade.pacing import EVEN, Float, traffic_of
 from shortlist.cascade.pasts import Numbers
 from shortlist.cascade.rules import Rules
 from shortlist.cascade.ruling import Availability
@@ -55,6 +58,11 @@ class Live:
         """Text of the items, for search; opened when the first query comes."""
         self.texts_lock = threading.Lock()
         self.default_action = dataset.space.actions[0] if dataset.space.actions else None
+
+    @cached_property
+    def traffic_H(self) -> Float:
+        """float64 [24]: shares of the traffic by hour of the day (UTC) in the run's log, which plans of campaigns follow."""
+        return traffic_of(np.asarray(self.dataset.histories.time)) if self.dataset.space.has_clock else EVEN
 
     def ids(self, rows: Int) -> list[Any]:
         """Item ids of catalogue rows [n]."""

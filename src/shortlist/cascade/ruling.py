@@ -113,12 +113,12 @@ def _mask(
     availability: Availability | None,
 ) -> tuple[Mask | None, Ruling]:
     """bool [n + 1] what is left of the catalogue or the candidates, None where nothing is ruled; and the ruling, but for what was seen."""
-    if availability is None and not _says_more(rules):
-        return None, Ruling(allowed=None, removed={}, ignored={})
-    if availability is not None and candidates is None and not _says_more(rules):
-        # Most requests where an item is gone: what is left was worked out when it went.
-        gone = {"unavailable": availability.num_gone} if availability.num_gone else {}
-        return availability.available.numpy(), Ruling(allowed=availability.available, removed=gone, ignored={})
+    if rules.allow is None and not (rules.deny or rules.filters or rules.pins):
+        if availability is None:
+            return None, Ruling(allowed=None, removed={}, ignored={})
+        if candidates is None:  # most requests where an item is gone: what is left was worked out when it went
+            gone = {"unavailable": availability.num_gone} if availability.num_gone else {}
+            return availability.available.numpy(), Ruling(allowed=availability.available, removed=gone, ignored={})
     left = np.zeros(num_items + 1, dtype=bool)
     left[slice(1, None) if candidates is None else candidates[candidates > 0]] = True
     allowed = np.ones(num_items + 1, dtype=bool)
@@ -153,11 +153,6 @@ def _mask(
     pins = _pins(rules, row_of, left if candidates is not None else allowed, removed, ignored)
     shared = Ruling(allowed=torch.from_numpy(allowed), removed=removed, ignored=ignored, pins=pins)
     return left, shared
-
-
-def _says_more(rules: Rules) -> bool:
-    """Whether rules name or describe items."""
-    return rules.allow is not None or bool(rules.deny or rules.filters or rules.pins)
 
 
 def _pins(

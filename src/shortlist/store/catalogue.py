@@ -37,8 +37,7 @@ from sqlalchemy import (
 )
 
 from shortlist.errors import DataError
-from shortlist.store.databases import LOCK_SPACE, Database, available
-from shortlist.store.erasing import erase
+from shortlist.store.databases import LOCK_SPACE, Database
 from shortlist.store.events import MAX_ID_CHARS
 
 MAX_ATTRIBUTES = 200
@@ -190,9 +189,8 @@ class CatalogueStore:
         if self._database.path is None:
             self._write(lambda connection: connection.execute(wanted))
             return False
-        self._database.require()
-        with self._writing, available(self._database.path):
-            return erase(self._database.engine, self._database.path, [wanted])[1]
+        with self._writing:
+            return self._database.erase(wanted)[1]
 
     def changes(self, since: tuple[int, int] = (0, 0)) -> Changes:
         """What is new after a point; StoreUnavailable where it can not be read."""

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url, select, text
+from sqlalchemy import URL, Connection, Delete, Engine, Table, create_engine, event, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
 from shortlist.errors import ConfigError, DataError
 from shortlist.extras import library
 from shortlist.store.breaker import Breaker
+from shortlist.store.erasing import erase
 
 T = TypeVar("T")
 Sync = Literal["full", "normal", "off"]
@@ -115,6 +116,16 @@ class Database:
         Raises StoreUnavailable where it is not known to be. Work whose commit went unanswered is not done again: it may be there.
         """
         return self._do(work, writes=True)
+
+    def erase(self, *deletions: Delete) -> tuple[int, bool]:
+        """Wipe rows of the SQLite file: how many there were, and whether the file was written anew; see `erasing.py`.
+
+        Raises StoreUnavailable as `write` does.
+        """
+        assert self.path is not None, "a database server wipes its rows itself"
+        self.require()
+        with available(self.path):
+            return erase(self.engine, self.path, deletions)
 
     def require(self) -> None:
         """StoreUnavailable where the SQLite file is not the one that was opened: open connections would write to the old one, which nobody

@@ -47,7 +47,6 @@ from shortlist.store.databases import LOCK_SPACE, PATIENCE_S, Database
 from shortlist.store.databases import StoreUnavailable as StoreUnavailable
 from shortlist.store.databases import available as available
 from shortlist.store.databases import sqlite_engine as sqlite_engine
-from shortlist.store.erasing import erase
 
 MAX_TIMESTAMP = 1e11
 """Seconds; the year 5138. A larger number is milliseconds sent by mistake."""
@@ -225,9 +224,7 @@ class EventStore:
         with self._writing:
             if self.path is None:
                 return self._database.write(lambda connection: connection.execute(wanted).rowcount), False
-            self._database.require()
-            with available(self.path):
-                return erase(self._database.engine, self.path, [wanted])
+            return self._database.erase(wanted)
 
     def __len__(self) -> int:
         """Events kept."""
